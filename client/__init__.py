@@ -1,0 +1,1 @@
+"""One participant: the Flower ClientApp and local PyTorch training."""

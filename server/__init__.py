@@ -1,0 +1,1 @@
+"""One federation: the Flower ServerApp, its settings and the command line."""

@@ -1,0 +1,1 @@
+"""Experiments: attacks, scenarios, engines and reports."""

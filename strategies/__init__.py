@@ -1,0 +1,1 @@
+"""Decisions per round: the wrapper strategy and the small rules it applies."""

@@ -1,0 +1,1 @@
+"""Detectors: from one round's updates to the clients that look malicious."""

@@ -1,0 +1,1 @@
+"""Arithmetic on model parameters: no framework, no files, no clock."""

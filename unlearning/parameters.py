@@ -1,0 +1,156 @@
+"""Model parameters as a vector space: the arithmetic every method shares.
+
+``Parameters`` maps the names of a model's ``state_dict`` to tensors. Weights are
+float32; buffers keep their own dtype. No function here writes to its inputs.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from unlearning.errors import ParametersError
+
+Parameters = Mapping[str, Tensor]
+
+
+def check_alike(*models: Parameters) -> None:
+    """Raise ``ParametersError`` unless all models have the same names, shapes and dtypes."""
+    first = models[0]
+    for other in models[1:]:
+        if first.keys() != other.keys():
+            differing = sorted(first.keys() ^ other.keys())
+            raise ParametersError(f"models differ in their tensors: {', '.join(differing)}")
+        for name, tensor in first.items():
+            if tensor.shape != other[name].shape or tensor.dtype != other[name].dtype:
+                raise ParametersError(
+                    f"tensor {name} is {tuple(tensor.shape)} {tensor.dtype} in one model and "
+                    f"{tuple(other[name].shape)} {other[name].dtype} in another"
+                )
+
+
+def check_finite(model: Parameters) -> None:
+    """Raise ``ParametersError`` if a floating-point tensor holds NaN or Inf."""
+    for name, tensor in model.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ParametersError(f"tensor {name} holds values that are not finite")
+
+
+def weighted_mean(models: Sequence[Parameters], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Average models with weights that need not sum to one (``methods`` 0: FedAvg's p_k).
+
+    The order of operations is Flower's FedAvg's (scale, then add, one model after the other), so
+    the result is equal to it bit for bit. Integer tensors are averaged and rounded back.
+
+    Parameters
+    ----------
+    models
+        At least one model; all with the same names, shapes and dtypes.
+    weights
+        One non-negative number a model, not all zero.
+    """
+    if not models or len(models) != len(weights):
+        raise ParametersError(
+            f"{len(models)} models cannot be averaged with {len(weights)} weights"
+        )
+    check_alike(*models)
+    total = sum(weights)
+    if not (math.isfinite(total) and total > 0 and min(weights) >= 0):
+        raise ParametersError(f"weights must be non-negative and sum to more than 0, got {weights}")
+    shares = [weight / total for weight in weights]
+    mean: dict[str, Tensor] = {}
+    for name, tensor in models[0].items():
+        total_tensor = _as_float(tensor) * shares[0]
+        for model, share in zip(models[1:], shares[1:], strict=True):
+            total_tensor += _as_float(model[name]) * share
+        mean[name] = total_tensor if tensor.is_floating_point() else _rounded(total_tensor, tensor)
+    return mean
+
+
+def mean(models: Sequence[Parameters]) -> dict[str, Tensor]:
+    """Average models with equal weights."""
+    return weighted_mean(models, [1.0] * len(models))
+
+
+def difference(model: Parameters, start: Parameters) -> dict[str, Tensor]:
+    """Return ``model - start`` over the floating-point tensors: a client's update D_k."""
+    return {
+        name: tensor - start[name] for name, tensor in model.items() if tensor.is_floating_point()
+    }
+
+
+def flat(model: Parameters) -> Tensor:
+    """Return all floating-point tensors as one vector, shape (P,), in the model's order."""
+    return torch.cat([t.reshape(-1) for t in model.values() if t.is_floating_point()])
+
+
+def norm(model: Parameters) -> float:
+    """Return the Euclidean norm over all floating-point tensors, summed in float64."""
+    squares = [float(t.double().square().sum()) for t in model.values() if t.is_floating_point()]
+    return math.sqrt(sum(squares))
+
+
+def byte_size(models: Iterable[Parameters]) -> int:
+    """Return the number of bytes that the tensors of ``models`` hold."""
+    return sum(t.element_size() * t.nelement() for model in models for t in model.values())
+
+
+def prunable_names(model: Parameters) -> tuple[str, ...]:
+    """Return the weights of linear and convolutional layers, judged by name and shape alone.
+
+    Without a model class these are the tensors named ``*.weight`` with two or more dimensions, in
+    the model's order. Where the class is known its own layers are the better source.
+    """
+    return tuple(
+        name
+        for name, tensor in model.items()
+        if name.split(".")[-1] == "weight" and tensor.dim() >= 2
+    )
+
+
+def top_count(size: int, fraction: float) -> int:
+    """Return how many of ``size`` entries a fraction in [0, 1] selects (``methods`` 0).
+
+    ``ceil(f n - 1e-9)``: every layer in scope is touched at least once, and a product that is an
+    integer up to rounding error is not pushed over it.
+    """
+    if not 0 <= fraction <= 1:
+        raise ParametersError(f"a fraction must lie in [0, 1], got {fraction}")
+    return min(size, max(0, math.ceil(fraction * size - 1e-9)))
+
+
+def top_mask(scores: Tensor, count: int) -> Tensor:
+    """Select the ``count`` highest scores; ties go to the lower row-major index (``methods`` 0).
+
+    Parameters
+    ----------
+    scores
+        Any shape, finite.
+    count
+        From 0 to the number of entries.
+
+    Returns
+    -------
+    Tensor
+        Bool, the shape of ``scores``, exactly ``count`` entries true.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        raise ParametersError("scores hold values that are not finite")
+    values = scores.reshape(-1)
+    mask = torch.zeros(values.shape, dtype=torch.bool)
+    if count > 0:
+        # Selecting by threshold costs O(n) where sorting costs O(n log n).
+        threshold = torch.kthvalue(values, values.numel() - count + 1).values
+        mask |= values > threshold
+        ties = torch.nonzero(values == threshold).reshape(-1)
+        mask[ties[: count - int(mask.sum())]] = True
+    return mask.reshape(scores.shape)
+
+
+def _as_float(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_floating_point() else tensor.double()
+
+
+def _rounded(value: Tensor, like: Tensor) -> Tensor:
+    return value.round().to(like.dtype)
