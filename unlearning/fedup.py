@@ -184,7 +184,7 @@ def adaptive_rate(
 def mean_score(
     model: Parameters, reference: Parameters, previous: Parameters, names: Sequence[str]
 ) -> float:
-    """Return the mean conflict score of one model against a reference, over all prunable weights."""
+    """Return the mean conflict score of a model against a reference, over prunable weights."""
     total = sum(
         float(((model[n] - reference[n]).square() * previous[n].abs()).double().sum())
         for n in names

@@ -1,0 +1,107 @@
+"""Classification of tensors held in memory: what the built-in tasks have in common."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from client.task.partition import partition_indices
+from client.task.protocol import ServerData, Split, TaskError, TaskOptions
+from unlearning.metrics import accuracy
+from unlearning.randomness import generator
+
+LOCAL_TEST_SHARE = 0.1
+"""Of a simulated client's data, kept for its own evaluation."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A classification task over tensors.
+
+    Attributes
+    ----------
+    options
+        Partition, limits and seed.
+    inputs, targets
+        Training examples of the whole federation: float32 in [0, 1], shape (n, ...); int64, (n,).
+    validation, test
+        Held by the server; disjoint from each other and from the training examples.
+    classes
+        Number of classes.
+    make_model
+        Builds a model with fresh weights.
+    """
+
+    options: TaskOptions
+    inputs: Tensor
+    targets: Tensor
+    validation: TensorDataset
+    test: TensorDataset
+    classes: int
+    make_model: Callable[[], nn.Module]
+    _parts: dict[int, list[Tensor]] = field(default_factory=dict, init=False, compare=False)
+
+    def build_model(self) -> nn.Module:
+        """Return a model with fresh weights."""
+        return self.make_model()
+
+    def client_data(self, partition: int, partitions: int) -> Split:
+        """Return one part of the training examples, split for local training and testing."""
+        if partitions not in self._parts:
+            self._parts[partitions] = partition_indices(
+                self._limited_targets,
+                partitions,
+                scheme=self.options.partition,
+                alpha=self.options.alpha,
+                seed=self.options.seed,
+            )
+        rows = self._parts[partitions][partition]
+        order = torch.randperm(
+            len(rows), generator=generator(self.options.seed, "local split", partition)
+        )
+        rows = rows[order]
+        cut = int(len(rows) * LOCAL_TEST_SHARE)
+        return Split(train=self._subset(rows[cut:]), test=self._subset(rows[:cut]))
+
+    def server_data(self) -> ServerData:
+        """Return the server's validation and test examples."""
+        return ServerData(self.validation, self.test)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy."""
+        return functional.cross_entropy(outputs, targets)
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
+        """Return the accuracy."""
+        return {"accuracy": accuracy(outputs.argmax(dim=1), targets) or 0.0}
+
+    @cached_property
+    def _limited_targets(self) -> Tensor:
+        return self.targets[: self.options.examples or None]
+
+    def _subset(self, rows: Tensor) -> TensorDataset:
+        return TensorDataset(self.inputs[rows], self.targets[rows])
+
+
+def held_out(
+    inputs: Tensor, targets: Tensor, *, share: float, purpose: str
+) -> tuple[Tensor, Tensor]:
+    """Return indices (kept, held out); the split is the same in every run, whatever its seed.
+
+    Each class gives the same share, so that small test sets stay balanced.
+    """
+    if not len(inputs):
+        raise TaskError("the data set is empty")
+    order = torch.randperm(len(inputs), generator=generator(0, "held out", purpose))
+    out = [
+        mine[: int(len(mine) * share)]
+        for label in targets.unique().tolist()
+        for mine in [order[targets[order] == label]]
+    ]
+    mask = torch.zeros(len(inputs), dtype=torch.bool)
+    mask[torch.cat(out)] = True
+    return order[~mask[order]], order[mask[order]]

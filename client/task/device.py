@@ -1,0 +1,27 @@
+"""Where tensors are computed."""
+
+import torch
+
+from unlearning.errors import SecateurError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` takes CUDA, else MPS, else the CPU.
+
+    Raises
+    ------
+    SecateurError
+        If the device is not there: training elsewhere instead would be a surprise.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SecateurError(
+            f"device {name!r} is not available here; use auto, cpu, or a device that this machine has"
+        ) from error
+    return device

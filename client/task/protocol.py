@@ -1,0 +1,153 @@
+"""What a task is, and how one is found by name.
+
+A task says what is learned: it builds the model, loads data, and defines loss and metrics. Nothing
+else in Secateur knows what the model or the data look like. To bring your own, name a callable as
+``package.module:object``; it is called with ``TaskOptions`` and returns the task.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from unlearning.errors import SecateurError
+
+Examples = Dataset[tuple[Tensor, Tensor]]
+"""Pairs of input and target; sized."""
+
+
+class TaskError(SecateurError):
+    """A task cannot be found, is incomplete, or has no data."""
+
+
+class TaskOptions(BaseModel):
+    """What every task is told; anything it has no use for it ignores."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+    )
+
+    task: str = Field("digits", min_length=1)
+    """Name of a built-in task, or ``package.module:object``."""
+    model: str = ""
+    """Name of a model that the task knows; empty for its default."""
+    data_dir: str = ""
+    """Folder with the data set; empty to let torchvision download to its cache."""
+    examples: int = Field(0, ge=0)
+    """Largest number of training examples in the whole federation; 0 for all."""
+    partition: Literal["iid", "dirichlet"] = "iid"
+    """How a built-in data set is divided among simulated clients."""
+    alpha: float = Field(1.0, gt=0)
+    """Concentration of the Dirichlet partition: smaller is less alike."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the run: partitions, initial weights, batches, sampling and detection."""
+    device: str = Field("auto", min_length=1)
+    """``auto`` (CUDA, else MPS, else CPU) or the name of a device."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One party's data."""
+
+    train: Examples
+    test: Examples
+
+
+@dataclass(frozen=True)
+class ServerData:
+    """What the server may measure on; ``None`` where it has no data."""
+
+    validation: Examples | None = None
+    """Recovery is judged by it."""
+    test: Examples | None = None
+    """Results are graded on it; nothing is ever decided by it."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is learned."""
+
+    def build_model(self) -> nn.Module:
+        """Return a model with fresh weights, drawn from torch's global generator."""
+
+    def client_data(self, partition: int, partitions: int) -> Split:
+        """Return the data of client ``partition`` of ``partitions``.
+
+        A real client ignores both numbers and loads what it has.
+        """
+
+    def server_data(self) -> ServerData:
+        """Return what the server may measure on."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of a batch, a scalar."""
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
+        """Return means over a batch; ``accuracy``, in [0, 1], is what recovery is judged by."""
+
+
+PARTS = ("build_model", "client_data", "server_data", "loss", "metrics")
+
+BUILT_IN = {
+    "digits": "client.task.digits:digits",
+    "breast-cancer": "client.task.breast_cancer:breast_cancer",
+    "mnist": "client.task.images:mnist",
+    "fashion-mnist": "client.task.images:fashion_mnist",
+    "cifar10": "client.task.images:cifar10",
+}
+"""Name -> reference, in the same form as a user's own."""
+
+
+@functools.lru_cache(maxsize=8)
+def load_task(options: TaskOptions) -> Task:
+    """Return the task that ``options`` names; the same options give the same object.
+
+    Raises
+    ------
+    TaskError
+        If there is no such task, or it lacks a part.
+    """
+    reference = BUILT_IN.get(options.task, options.task)
+    factory = _find(options.task, reference)
+    task = factory(options)
+    missing = [part for part in PARTS if not callable(getattr(task, part, None))]
+    if missing:
+        raise TaskError(
+            f"task {options.task!r} lacks {', '.join(missing)}; a task must have "
+            f"{', '.join(PARTS)} (see client/task/protocol.py)"
+        )
+    return task
+
+
+def _find(name: str, reference: str) -> Callable[[TaskOptions], Any]:
+    module_name, separator, attribute = reference.partition(":")
+    if not separator or not module_name or not attribute:
+        raise TaskError(
+            f"there is no task {name!r}; built in are {', '.join(BUILT_IN)}, or name your own as "
+            "package.module:object"
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise TaskError(f"task {name!r} cannot be loaded: {error}") from error
+    if not callable(found):
+        raise TaskError(
+            f"task {name!r} is a {type(found).__name__}; it must be callable with TaskOptions and "
+            "return a task"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def size_of(examples: Examples) -> int:
+    """Return how many examples there are."""
+    if not isinstance(examples, Sized):
+        raise TaskError("a task's data must know its length: define __len__")
+    return len(examples)

@@ -1,0 +1,122 @@
+"""Settings of one federation: every run-config key, its type, range, default and meaning.
+
+Field ``round_deadline`` is key ``round-deadline``. Flower wants every key listed in
+``pyproject.toml`` before it may be overridden; a test holds that list to this one.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from client.task.protocol import TaskOptions
+from strategies.messages import LocalTraining
+from unlearning.errors import SecateurError
+
+
+class SettingsError(SecateurError):
+    """Settings that cannot be used; the message lists every fault."""
+
+
+class Settings(TaskOptions, LocalTraining):
+    """One federation."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+    )
+
+    rounds: int = Field(10, ge=1)
+    """Training rounds; recovery may add to them."""
+    strategy: Literal["fedavg", "fedprox", "fedmedian", "fedadam"] = "fedavg"
+    """Flower strategy to wrap."""
+    min_clients: int = Field(2, ge=1)
+    """Clients that must be connected for a round to begin."""
+    fraction_train: float = Field(1.0, gt=0, le=1)
+    """Share of the clients that train in a round."""
+    fraction_evaluate: float = Field(0.0, ge=0, le=1)
+    """Share of the clients that evaluate after a round."""
+    round_deadline: float = Field(600.0, gt=0)
+    """Seconds that a round waits for clients, and then for their replies."""
+    quorum: float = Field(0.5, ge=0, le=1)
+    """Share of the clients asked that must send a usable reply for the round to count."""
+    identity: Literal["node", "partition"] = "node"
+    """What a client is: its Flower node, or, in a simulation only, its partition."""
+
+    weight_cap: float = Field(2.0, ge=1)
+    """Largest weight of one client in an average, in units of the round's median."""
+    norm_limit: float = Field(20.0, gt=1)
+    """Largest update of one client, in units of the round's median norm."""
+
+    detector: Literal["cohort", "lfighter", "fldetector", "none"] = "cohort"
+    """Who looks for malicious clients."""
+    detector_threshold: float = Field(0.0, ge=0)
+    """Decision threshold; 0 for the detector's default."""
+    warm_up: int = Field(5, ge=0)
+    """Rounds in which flags do not count yet."""
+    hits: int = Field(2, ge=1)
+    """Flags within the window that put a client in quarantine."""
+    window: int = Field(3, ge=1)
+    """Rounds that the hits are counted over."""
+
+    method: Literal["fedup", "retrain", "natural", "none"] = "fedup"
+    """How clients are forgotten."""
+    pruning_rate: float | Literal["adaptive"] = "adaptive"
+    """Share of each prunable tensor that FedUP zeroes, in [0, 1]."""
+    rate_limit: int = Field(10, ge=1)
+    """Rounds between two unlearnings, at least."""
+    recovery_tolerance: float = Field(0.02, ge=0, lt=1)
+    """Recovery ends within this of the validation accuracy before."""
+    recovery_cap: int = Field(20, ge=1)
+    """Recovery rounds, at most."""
+
+    def task_options(self) -> TaskOptions:
+        """Return what the task is told; equal options find the same task object."""
+        return TaskOptions.model_validate(self.model_dump(include=set(TaskOptions.model_fields)))
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Self:
+        if self.hits > self.window:
+            raise ValueError(
+                f"hits = {self.hits} can never be reached within window = {self.window} rounds"
+            )
+        if self.pruning_rate != "adaptive" and not 0 <= self.pruning_rate <= 1:
+            raise ValueError(
+                f'pruning-rate = {self.pruning_rate} is outside [0, 1]; give a share, or "adaptive"'
+            )
+        return self
+
+
+def read_settings(values: Mapping[str, Any]) -> Settings:
+    """Check names, types and ranges, and report every fault at once.
+
+    Raises
+    ------
+    SettingsError
+    """
+    try:
+        return Settings.model_validate(dict(values))
+    except ValidationError as error:
+        raise SettingsError("settings: " + "; ".join(describe(error))) from error
+
+
+def describe(error: ValidationError) -> list[str]:
+    """Return one sentence per fault: the key, the value and the rule."""
+    faults = []
+    for fault in error.errors():
+        key = ".".join(
+            str(part) for part in fault["loc"] if part not in ("float", "literal['adaptive']")
+        )
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            message = f"unknown key {key!r}"
+        elif fault["type"] == "missing":
+            message = f"missing key {key!r}"
+        elif key:
+            rule = message[0].lower() + message[1:]
+            message = f"{key} = {fault['input']!r}: {rule}"
+        if message not in faults:
+            faults.append(message)
+    return faults

@@ -1,0 +1,51 @@
+"""What attackers do in a scenario, as its ``[attack]`` table says it."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DEFAULT_PAIRS = {
+    "cifar10": ((3, 5), (1, 9)),
+    "fashion-mnist": ((0, 6), (2, 4)),
+    "mnist": ((4, 9), (3, 5)),
+    "digits": ((3, 8), (1, 8)),
+    "breast-cancer": ((0, 1),),
+}
+"""Classes that clean models confuse most, per built-in task (``methods`` 7.1)."""
+
+
+class Attack(BaseModel):
+    """One attack, carried out by every malicious client (``methods`` 7.1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["backdoor", "label-flip"]
+    share: float = Field(gt=0, le=1)
+    """Share of each attacker's training examples that are poisoned; the rest stay benign."""
+    target: int = Field(0, ge=0)
+    """Class that the backdoor's trigger is to produce."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """Class pairs whose labels are swapped, in order; empty for the task's most confused ones."""
+    colluding: bool = True
+    """Whether attackers share trigger, target and pairs; otherwise each has its own."""
+    boost: float = Field(1.0, gt=0)
+    """Factor on the attacker's update: model replacement uses about the number of clients."""
+    start: int = Field(1, ge=1)
+    """First round of poisoning."""
+    every: int = Field(1, ge=1)
+    """Poison only every so many rounds, from the start on."""
+    group: int = Field(0, ge=0)
+    """Attackers that start together; 0 for all."""
+    stagger: int = Field(0, ge=0)
+    """Rounds between the start of one group and the next."""
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if bool(self.group) != bool(self.stagger):
+            raise ValueError("group and stagger go together: give both or neither")
+        return self
+
+    def active(self, attacker: int, number: int) -> bool:
+        """Say whether attacker 0, 1, ... poisons in round ``number``."""
+        start = self.start + (attacker // self.group * self.stagger if self.group else 0)
+        return number >= start and (number - start) % self.every == 0

@@ -1,0 +1,222 @@
+"""One scenario from beginning to end: train under attack, forget, recover, and the baselines."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from client.app import build_app
+from client.task.evaluation import state_of
+from client.task.protocol import load_task
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from server.federation import TEST, build_federation, initial_model
+from simulation.attacks.client import AttackMod, load_poisoned
+from simulation.probes import Probes, build_probes
+from simulation.scenario import Scenario
+from strategies.directory import client_name
+from strategies.loop import run_rounds
+from strategies.records import Phase, RoundRecord
+from strategies.wrapper import Unlearning
+from unlearning.parameters import Parameters
+from unlearning.plan import Answer, carry_out
+from unlearning.randomness import generator
+from unlearning.recovery import rounds_to_reach
+from unlearning.retraining import retrain
+
+OnRound = Callable[[str, RoundRecord], None]
+"""Stage (``federation``, ``natural`` or ``retrain``) and a finished round."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model at a named moment."""
+
+    number: int
+    model: Parameters
+    measures: dict[str, float | None]
+
+
+@dataclass
+class Outcome:
+    """Everything that a report is made of."""
+
+    scenario: Scenario
+    malicious: tuple[str, ...] = ()
+    rounds: list[RoundRecord] = field(default_factory=list)
+    """The federation's, from round 0, the untrained model."""
+    natural_rounds: list[RoundRecord] = field(default_factory=list)
+    retrain_rounds: list[RoundRecord] = field(default_factory=list)
+    points: dict[str, Point] = field(default_factory=dict)
+    """``before``, ``unlearned``, ``after``, ``natural``, ``retrained``, ``final``."""
+    hits: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Per point, which examples each measure hit; for ``after`` and ``retrained``."""
+    roster: dict[str, str] = field(default_factory=dict)
+    retrain_rounds_needed: int | None = None
+    """Rounds that retraining took to come within 2 points of the accuracy before."""
+
+    @property
+    def forgotten(self) -> tuple[str, ...]:
+        """Return every client that was forgotten, sorted."""
+        return tuple(
+            sorted(
+                client
+                for record in self.rounds
+                if record.unlearning and record.unlearning.refused is None
+                for client in record.unlearning.clients
+            )
+        )
+
+
+def attackers(scenario: Scenario) -> tuple[int, ...]:
+    """Return the partitions of the malicious clients, drawn from the seed, sorted."""
+    draw = generator(scenario.settings.seed, "malicious clients")
+    order = torch.randperm(scenario.clients.total, generator=draw)
+    return tuple(sorted(order[: scenario.clients.malicious].tolist()))
+
+
+def client_app(scenario: Scenario) -> ClientApp:
+    """Return the ordinary ClientApp, with the scenario's attack around it."""
+    config = scenario.settings.task_options().model_dump(by_alias=True)
+    if scenario.attack is None or not scenario.clients.malicious:
+        return build_app(config)
+    return build_app(config, mods=[AttackMod(scenario.attack, attackers(scenario), config)])
+
+
+class Experiment:
+    """Plays a scenario on any Grid."""
+
+    def __init__(self, scenario: Scenario, on_round: OnRound = lambda stage, record: None) -> None:
+        self.scenario = scenario
+        self.outcome = Outcome(scenario)
+        self._on_round = on_round
+        self._last: Point | None = None
+
+    def play(self, grid: Grid) -> None:
+        """Run everything; the result is in ``outcome``."""
+        torch.set_num_threads(1)
+        scenario, settings = self.scenario, self.scenario.settings
+        options = settings.task_options()
+        task = load_task(options)
+        partitions = attackers(scenario)
+        self.outcome.malicious = tuple(client_name(partition) for partition in partitions)
+        poisoned = (
+            load_poisoned(options, scenario.attack, partitions)
+            if scenario.attack is not None and partitions
+            else None
+        )
+        model = initial_model(task, settings.seed)
+        start = state_of(model)
+        probes = build_probes(task, poisoned, scenario.clients.total, model, settings.device)
+        federation = build_federation(settings, model)
+
+        def on_round(record: RoundRecord, parameters: Parameters) -> None:
+            self._note(federation, record, parameters)
+
+        final = run_rounds(
+            federation,
+            grid,
+            start,
+            rounds=settings.rounds,
+            train_config=settings.to_record(),
+            measure=probes.measure,
+            on_round=on_round,
+        )
+        last = self.outcome.rounds[-1]
+        self.outcome.points["final"] = Point(last.number, final, dict(last.measures))
+        self.outcome.roster = federation.roster.statuses()
+        if "after" in self.outcome.points:
+            self._compare(federation, grid, probes, start)
+
+    def _note(self, federation: Unlearning, record: RoundRecord, model: Parameters) -> None:
+        points = self.outcome.points
+        here = Point(record.number, model, dict(record.measures))
+        unlearning = record.unlearning
+        if unlearning is not None and unlearning.refused is None:
+            if "before" not in points and self._last is not None:
+                points["before"] = self._last
+            points["unlearned"] = here
+            points.pop("after", None)
+        if "unlearned" in points and "after" not in points and federation.recovering is None:
+            points["after"] = here
+        self._last = here
+        self.outcome.rounds.append(record)
+        self._on_round("federation", record)
+
+    def _compare(
+        self, federation: Unlearning, grid: Grid, probes: Probes, start: Parameters
+    ) -> None:
+        """Run the baselines without whoever was forgotten or should have been."""
+        outcome, points = self.outcome, self.outcome.points
+        left_out = {*outcome.forgotten, *outcome.malicious}
+        clients = [c for c in federation.directory.clients() if c not in left_out]
+        before, after = points["before"], points["after"]
+        outcome.hits["after"] = probes.hits(after.model)
+        if self.scenario.baselines.natural:
+            # From the model before, the unlearning's own round and all that followed, replayed
+            # with the same random streams: only the pruning is missing.
+            outcome.natural_rounds, points["natural"] = self._without(
+                "natural",
+                federation,
+                grid,
+                probes,
+                before.model,
+                clients,
+                first=before.number + 1,
+                rounds=after.number - before.number,
+            )
+        if self.scenario.baselines.retrain:
+            outcome.retrain_rounds, points["retrained"] = self._without(
+                "retrain",
+                federation,
+                grid,
+                probes,
+                start,
+                clients,
+                first=1,
+                rounds=self.scenario.settings.rounds,
+            )
+            outcome.hits["retrained"] = probes.hits(points["retrained"].model)
+            target = before.measures[TEST]
+            if target is not None:
+                curve = [r.measures[TEST] or 0.0 for r in outcome.retrain_rounds]
+                tolerance = self.scenario.settings.recovery_tolerance
+                outcome.retrain_rounds_needed = rounds_to_reach(curve, target - tolerance)
+
+    def _without(
+        self,
+        stage: str,
+        federation: Unlearning,
+        grid: Grid,
+        probes: Probes,
+        start: Parameters,
+        clients: Sequence[str],
+        *,
+        first: int,
+        rounds: int,
+    ) -> tuple[list[RoundRecord], Point]:
+        """Carry out the retraining plan and measure every round of it."""
+        carrier = federation.plan_rounds(grid, self.scenario.settings.to_record())
+        records: list[RoundRecord] = []
+        clock = time.perf_counter()
+
+        def aggregate(number: int, model: Parameters, answers: Sequence[Answer]) -> Parameters:
+            nonlocal clock
+            merged = carrier.aggregate(number, model, answers)
+            record = RoundRecord(
+                number,
+                Phase.RETRAIN,
+                asked=tuple(clients),
+                participants=tuple(answer.client for answer in answers),
+                measures=probes.measure(number, merged),
+                seconds=time.perf_counter() - clock,
+            )
+            clock = time.perf_counter()
+            records.append(record)
+            self._on_round(stage, record)
+            return merged
+
+        plan = retrain(start, clients, rounds, first_round=first, aggregate=aggregate)
+        model = carry_out(plan, carrier.ask)
+        return records, Point(records[-1].number, model, dict(records[-1].measures))

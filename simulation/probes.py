@@ -1,0 +1,103 @@
+"""What a scenario measures of a model, knowing who attacks and how. No decision ever reads it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from client.task.device import choose_device
+from client.task.evaluation import load_state, predict
+from client.task.protocol import Examples, Task
+from server.federation import TEST
+from simulation.attacks.client import PoisonedTask, gather
+from simulation.attacks.poison import stamp
+from strategies.wrapper import VALIDATION
+from unlearning.parameters import Parameters
+
+FORGET, BACKDOOR, FLIP = "forget_accuracy", "backdoor_success", "flip_success"
+MEASURES = (TEST, VALIDATION, FORGET, BACKDOOR, FLIP)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs, and for each the prediction that counts as a hit."""
+
+    examples: Examples
+    wanted: Tensor | None = None
+    """Class a hit predicts, shape (n,); the examples' own targets where ``None``."""
+
+
+@dataclass
+class Probes:
+    """All measures of one scenario.
+
+    ``test_accuracy`` and ``validation_accuracy`` are the server's; ``forget_accuracy`` is the
+    accuracy on the attackers' training data with their poisoned labels; ``backdoor_success`` is the
+    share of triggered test images of other classes predicted as the target; ``flip_success`` is
+    the share of flipped training examples predicted as the flipped label (``methods`` 8).
+    """
+
+    model: nn.Module
+    """A scratch pad."""
+    device: str
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+
+    def hits(self, parameters: Parameters) -> dict[str, Tensor]:
+        """Return, per measure, which examples the model hits; bool, shape (n,)."""
+        load_state(self.model, parameters)
+        device = choose_device(self.device)
+        found = {}
+        for name, probe in self.probes.items():
+            outputs, targets = predict(self.model, probe.examples, device=device)
+            wanted = targets if probe.wanted is None else probe.wanted
+            found[name] = outputs.argmax(dim=1) == wanted
+        return found
+
+    def measure(self, number: int, parameters: Parameters) -> dict[str, float | None]:
+        """Return every measure; ``None`` where the scenario has no examples for it."""
+        del number
+        return shares(self.hits(parameters))
+
+
+def shares(hits: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """Return the share of hits of every measure, ``None`` for those not taken."""
+    return {
+        name: float(hits[name].double().mean()) if name in hits and hits[name].numel() else None
+        for name in MEASURES
+    }
+
+
+def build_probes(
+    task: Task, poisoned: PoisonedTask | None, clients: int, model: nn.Module, device: str
+) -> Probes:
+    """Return the measures for a task and an attack on it, if there is one."""
+    data = task.server_data()
+    probes: dict[str, Probe] = {}
+    if data.test is not None:
+        probes[TEST] = Probe(data.test)
+    if data.validation is not None:
+        probes[VALIDATION] = Probe(data.validation)
+    if poisoned is not None and poisoned.attackers:
+        probes |= _attack_probes(poisoned, clients, data.test)
+    return Probes(model, device, probes)
+
+
+def _attack_probes(poisoned: PoisonedTask, clients: int, test: Examples | None) -> dict[str, Probe]:
+    parts = [poisoned.poisoned(partition, clients) for partition in poisoned.attackers]
+    inputs = torch.cat([part.inputs for part in parts])
+    targets = torch.cat([part.targets for part in parts])
+    rows = torch.cat([part.rows for part in parts])
+    probes = {FORGET: Probe(TensorDataset(inputs, targets))}
+    if poisoned.attack.kind == "label-flip":
+        probes[FLIP] = Probe(TensorDataset(inputs[rows], targets[rows]))
+    elif test is not None:
+        images, labels = gather(test)
+        target = poisoned.attack.target
+        sources = labels != target
+        probes[BACKDOOR] = Probe(
+            TensorDataset(stamp(images[sources]), labels[sources]),
+            torch.full((int(sources.sum()),), target),
+        )
+    return probes

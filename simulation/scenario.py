@@ -1,0 +1,155 @@
+"""Scenarios: one experiment each, as TOML. Unknown keys are refused, all faults told at once."""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from server.settings import Settings, describe
+from simulation.attacks.settings import Attack
+from unlearning.errors import SecateurError
+
+TABLES = ("clients", "attack", "baselines", "settings")
+
+
+class ScenarioError(SecateurError):
+    """A scenario that does not exist or cannot be used; the message lists every fault."""
+
+
+class Clients(BaseModel):
+    """Who takes part."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    total: int = Field(ge=1)
+    malicious: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_minority(self) -> Self:
+        most = (self.total - 1) // 2
+        if self.malicious > most:
+            raise ValueError(
+                f"{self.malicious} of {self.total} clients are malicious, but attackers must be a "
+                f"strict minority: at most {most}"
+            )
+        return self
+
+
+class Baselines(BaseModel):
+    """What the result is compared to, in the same run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    natural: bool = True
+    """The same recovery rounds without the attackers and without unlearning."""
+    retrain: bool = True
+    """Training from the start without the attackers."""
+
+
+class Scenario(BaseModel):
+    """One experiment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    summary: str = Field(min_length=1)
+    """What the scenario shows, in one sentence."""
+    clients: Clients
+    attack: Attack | None = None
+    baselines: Baselines = Baselines()
+    settings: Settings
+
+    @model_validator(mode="after")
+    def _check_attack(self) -> Self:
+        if self.clients.malicious and self.attack is None:
+            raise ValueError("clients.malicious needs an [attack] table that says what they do")
+        if self.settings.min_clients > self.clients.total:
+            raise ValueError(
+                f"settings.min-clients = {self.settings.min_clients} is more than the "
+                f"{self.clients.total} clients there are"
+            )
+        return self
+
+
+def built_in() -> Iterator[tuple[str, str]]:
+    """Yield name and summary of every scenario that comes with Secateur, sorted by name."""
+    folder = resources.files("simulation") / "scenarios"
+    for entry in sorted(folder.iterdir(), key=lambda item: item.name):
+        if entry.name.endswith(".toml"):
+            raw = tomllib.loads(entry.read_text(encoding="utf-8"))
+            yield entry.name.removesuffix(".toml"), str(raw["summary"])
+
+
+def load_scenario(name: str, overrides: Mapping[str, Any] | None = None) -> Scenario:
+    """Return a built-in scenario by name, or one from a TOML file.
+
+    Parameters
+    ----------
+    name
+        Name, or path that ends in ``.toml``.
+    overrides
+        Dotted key -> value, applied before anything is checked. A key without a dot is one of
+        ``[settings]``.
+
+    Raises
+    ------
+    ScenarioError
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ScenarioError(f"there is no scenario file {name}")
+        text, title = path.read_text(encoding="utf-8"), path.stem
+    else:
+        known = [scenario for scenario, _ in built_in()]
+        if name not in known:
+            raise ScenarioError(
+                f"there is no scenario {name!r}; choose one of {', '.join(known)}, or give a path "
+                "that ends in .toml"
+            )
+        entry = resources.files("simulation") / "scenarios" / f"{name}.toml"
+        text, title = entry.read_text(encoding="utf-8"), name
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ScenarioError(f"scenario {name}: not valid TOML: {error}") from error
+    return parse_scenario({"name": title, **raw}, overrides or {})
+
+
+def parse_scenario(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Scenario:
+    """Apply overrides and check; every fault is reported at once."""
+    merged: dict[str, Any] = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()
+    }
+    merged.setdefault("settings", {})
+    for key, value in overrides.items():
+        table, _, field = key.rpartition(".")
+        table = table or "settings"
+        if table not in TABLES:
+            raise ScenarioError(
+                f"{key} names no table of a scenario; tables are {', '.join(TABLES)}"
+            )
+        merged.setdefault(table, {})[field] = value
+    # A simulation knows its clients by their partition, and says so unless told otherwise.
+    merged["settings"].setdefault("identity", "partition")
+    try:
+        return Scenario.model_validate(merged)
+    except ValidationError as error:
+        raise ScenarioError(f"scenario {merged['name']}: {'; '.join(describe(error))}") from error
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read ``KEY=VALUE`` pairs; values are TOML, and plain text where that fails."""
+    overrides: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key:
+            raise ScenarioError(f"--set takes KEY=VALUE, got {pair!r}")
+        try:
+            overrides[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[key.strip()] = text
+    return overrides

@@ -1,0 +1,129 @@
+"""The one round loop, used by every engine.
+
+Flower's own ``start`` has a fixed number of rounds and no step between them. This loop goes on
+while clients wait to be forgotten or the model recovers, and commits every round before the next.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+
+from strategies import messages
+from strategies.directory import QuorumError
+from strategies.records import RoundRecord
+from strategies.wrapper import VALIDATION, Unlearning
+from unlearning.parameters import Parameters
+
+Measure = Callable[[int, Parameters], Mapping[str, float | None]]
+"""Round number and model -> measures of the model, such as ``validation_accuracy``."""
+
+
+def run_rounds(
+    federation: Unlearning,
+    grid: Grid,
+    start: Parameters,
+    *,
+    rounds: int,
+    train_config: ConfigRecord | None = None,
+    evaluate_config: ConfigRecord | None = None,
+    measure: Measure = lambda number, model: {},
+    on_round: Callable[[RoundRecord, Parameters], None] = lambda record, model: None,
+    result: Result | None = None,
+) -> Parameters:
+    """Play ``rounds`` rounds, and more while forgetting is unfinished; return the last model.
+
+    Parameters
+    ----------
+    federation
+        The wrapper; holds all state between rounds.
+    start
+        Model of round 0.
+    rounds
+        Rounds to train for. Recovery, and waiting for the rate limit, may go beyond.
+    train_config, evaluate_config
+        Sent to clients in every round; never written to.
+    measure
+        Called with round 0 and after every round.
+    on_round
+        Called with every finished round and its model, once the store has it.
+    result
+        Collects what Flower's ``start`` returns.
+    """
+    train_config = train_config if train_config is not None else ConfigRecord()
+    evaluate_config = evaluate_config if evaluate_config is not None else ConfigRecord()
+    result = result if result is not None else Result()
+    model = start
+    federation.initial(model, measure(0, model))
+    on_round(federation.record, model)
+    number = 0
+    while number < rounds or federation.busy:
+        number += 1
+        started = time.perf_counter()
+        model = _train(federation, grid, number, model, train_config, result)
+        pruned = federation.unlearn_if_due(model, grid, train_config)
+        model = model if pruned is None else pruned
+        measures = dict(measure(number, model))
+        asked = _ask_clients(federation, grid, number, model, evaluate_config, result)
+        if measures.get(VALIDATION) is None and asked is not None:
+            measures[VALIDATION] = asked
+        record = federation.record
+        record.measures = measures
+        federation.after_measures()
+        record.seconds = time.perf_counter() - started
+        federation.store.commit(record, model, federation.roster)
+        on_round(record, model)
+    return model
+
+
+def _train(
+    federation: Unlearning,
+    grid: Grid,
+    number: int,
+    model: Parameters,
+    config: ConfigRecord,
+    result: Result,
+) -> Parameters:
+    try:
+        outgoing = federation.configure_train(
+            number, messages.record_from(model), ConfigRecord(dict(config)), grid
+        )
+    except QuorumError as error:
+        federation.void_round(number, error)
+        return model
+    replies = grid.send_and_receive(outgoing, timeout=federation.deadline_s)
+    arrays, metrics = federation.aggregate_train(number, replies)
+    if metrics is not None:
+        result.train_metrics_clientapp[number] = metrics
+        federation.record.metrics = {
+            name: float(value) for name, value in metrics.items() if not isinstance(value, list)
+        }
+    return model if arrays is None else messages.parameters_from(arrays)
+
+
+def _ask_clients(
+    federation: Unlearning,
+    grid: Grid,
+    number: int,
+    model: Parameters,
+    config: ConfigRecord,
+    result: Result,
+) -> float | None:
+    """Return the clients' mean accuracy on data of their own, if the strategy evaluates."""
+    try:
+        outgoing = federation.configure_evaluate(
+            number, messages.record_from(model), ConfigRecord(dict(config)), grid
+        )
+    except QuorumError:
+        return None
+    if not outgoing:
+        return None
+    replies = grid.send_and_receive(outgoing, timeout=federation.deadline_s)
+    metrics = federation.aggregate_evaluate(number, replies)
+    if metrics is None:
+        return None
+    result.evaluate_metrics_clientapp[number] = metrics
+    accuracy = metrics.get("accuracy")
+    return float(accuracy) if isinstance(accuracy, int | float) else None

@@ -1,0 +1,95 @@
+"""The wire contract: every record key and every conversion between parameters and records.
+
+A train message carries ``arrays`` (the global model) and ``config``; its reply ``arrays`` (the
+client's model) and ``metrics`` with ``num-examples``. An evaluate message carries the same, its
+reply only ``metrics``. Nothing else in Secateur names a record key.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from unlearning.parameters import Parameters
+from unlearning.plan import Answer
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+NUM_EXAMPLES = "num-examples"
+SERVER_ROUND = "server-round"
+TRAIN, EVALUATE = "train", "evaluate"
+QUERY_IDENTITY = "query.identity"
+PARTITION = "partition-id"
+
+
+class LocalTraining(BaseModel):
+    """What a client is told about local training; carried in ``config`` of a train message."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+    )
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the run; a client derives its own streams from it."""
+    local_epochs: int = Field(1, ge=1)
+    """Passes over a client's data in one round."""
+    batch_size: int = Field(32, ge=1)
+    """Examples per step."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Fresh in every round."""
+    learning_rate: float = Field(0.05, gt=0)
+    """Step size."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Of SGD; Adam ignores it."""
+    weight_decay: float = Field(0.0, ge=0)
+    """L2 penalty of the optimizer."""
+    proximal_mu: float = Field(0.0, ge=0)
+    """FedProx's pull towards the global model; that strategy itself sends it."""
+
+    def to_record(self) -> ConfigRecord:
+        """Return these settings as a record, without what the strategy itself sends."""
+        fields = set(LocalTraining.model_fields) - {"proximal_mu"}
+        return ConfigRecord(self.model_dump(by_alias=True, include=fields))
+
+
+def record_from(model: Parameters) -> ArrayRecord:
+    """Encode parameters; names, shapes and dtypes are kept."""
+    return ArrayRecord(
+        {name: Array(tensor.detach().cpu().numpy()) for name, tensor in model.items()}
+    )
+
+
+def parameters_from(record: ArrayRecord) -> dict[str, torch.Tensor]:
+    """Decode a record that is trusted, such as the strategy's own; copies the data."""
+    return {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
+
+
+def train_reply(
+    model: Parameters, metrics: Mapping[str, int | float], num_examples: int | float
+) -> RecordDict:
+    """Build the content of a reply to ``train``."""
+    return RecordDict(
+        {
+            ARRAYS: record_from(model),
+            METRICS: MetricRecord({**metrics, NUM_EXAMPLES: num_examples}),
+        }
+    )
+
+
+def evaluate_reply(metrics: Mapping[str, int | float], num_examples: int) -> RecordDict:
+    """Build the content of a reply to ``evaluate``."""
+    return RecordDict({METRICS: MetricRecord({**metrics, NUM_EXAMPLES: num_examples})})
+
+
+def message_from(answer: Answer, node_id: int) -> Message:
+    """Encode a screened answer again, for a strategy that aggregates messages."""
+    arrays = answer.arrays if answer.arrays is not None else {}
+    content = train_reply(arrays, answer.metrics, answer.num_examples)
+    if answer.arrays is None:
+        del content[ARRAYS]
+    return Message(content=content, dst_node_id=node_id, message_type=TRAIN)

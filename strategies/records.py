@@ -1,0 +1,76 @@
+"""What happened: plain records of rounds and unlearnings, for stores, logs and reports."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from strategies.detectors.interface import Finding
+from strategies.methods import Cause
+
+
+class Phase(StrEnum):
+    """What a round was for."""
+
+    TRAIN = "train"
+    UNLEARN = "unlearn"
+    """A training round at whose end clients were forgotten."""
+    RECOVER = "recover"
+    RETRAIN = "retrain"
+
+
+@dataclass
+class UnlearningRecord:
+    """One unlearning, from its request to the end of its recovery."""
+
+    number: int
+    method: str
+    cause: Cause
+    clients: tuple[str, ...]
+    settings: Mapping[str, str | float | int] = field(default_factory=dict)
+    zeroed: Mapping[str, int] = field(default_factory=dict)
+    """Weights zeroed per prunable tensor."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Weights per prunable tensor."""
+    seconds: float = 0.0
+    memory_bytes: int = 0
+    """Held by the method's memory when it ran."""
+    warnings: list[str] = field(default_factory=list)
+    refused: str | None = None
+    """Why nothing was done, if so; the clients stay in quarantine."""
+    recovery_rounds: int | None = None
+    """``None`` while recovery goes on, or where none is needed."""
+    recovery_ended_by: str | None = None
+    """``recovered`` or ``cap``."""
+    recovery_bound: int | None = None
+    """FedUP's budget of recovery rounds."""
+    recovery_target: float | None = None
+    """Validation accuracy at which recovery ends."""
+
+
+@dataclass
+class RoundRecord:
+    """One round."""
+
+    number: int
+    phase: Phase = Phase.TRAIN
+    asked: tuple[str, ...] = ()
+    participants: tuple[str, ...] = ()
+    """Clients whose update entered the aggregate."""
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Client -> why its reply was not used."""
+    quarantined: dict[str, str] = field(default_factory=dict)
+    """Client -> why it was excluded in this round."""
+    capped: dict[str, float] = field(default_factory=dict)
+    """Client -> reported weight that the cap lowered."""
+    detector: str | None = None
+    finding: Finding | None = None
+    """``None`` where no detector looked."""
+    note: str = ""
+    """Set when the previous model was kept, and why."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Clients' training metrics, averaged."""
+    measures: dict[str, float | None] = field(default_factory=dict)
+    """Measures of the model after the round; ``None`` where not measured."""
+    unlearning: UnlearningRecord | None = None
+    """The unlearning that ran at the end of this round."""
+    seconds: float = 0.0

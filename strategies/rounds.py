@@ -1,0 +1,153 @@
+"""One round of a Flower strategy, apart from sending: choose clients, and aggregate.
+
+Both the live federation and the plans that replay rounds (retraining, natural forgetting) pass
+through here, so that they cannot drift apart.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from strategies import messages
+from strategies.directory import Directory, VisibleGrid
+from strategies.exchange import match
+from strategies.screen import Screen
+from unlearning.errors import SecateurError
+from unlearning.parameters import Parameters, check_alike, check_finite
+from unlearning.plan import Answer, Ask
+from unlearning.randomness import derive_seed
+
+
+class AggregateError(SecateurError):
+    """The wrapped strategy returned a model that cannot be published."""
+
+
+@contextlib.contextmanager
+def seeded_sampling(seed: int | None, number: int) -> Iterator[None]:
+    """Make Flower's samplers, which draw from Python's global generator, depend on the seed.
+
+    The generator is put back afterwards. Without a seed nothing is touched.
+    """
+    if seed is None:
+        yield
+        return
+    state = random.getstate()
+    random.seed(derive_seed(seed, "sampling", number))
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def aggregate(
+    strategy: Strategy, number: int, schema: Parameters, replies: Sequence[Message]
+) -> tuple[dict[str, torch.Tensor] | None, MetricRecord | None]:
+    """Let ``strategy`` aggregate, and hold the result to the model's schema.
+
+    Averages of integer buffers come back from Flower as float64; they are rounded to the dtype
+    they had. ``None`` means that the strategy made no model.
+
+    Raises
+    ------
+    AggregateError
+        If the result differs from ``schema`` in names or shapes, or is not finite.
+    """
+    # Some of Flower's strategies empty the messages that they are given.
+    arrays, metrics = strategy.aggregate_train(number, list(replies))
+    if arrays is None:
+        return None, metrics
+    model = {
+        name: _conform(tensor, schema[name]) if name in schema else tensor
+        for name, tensor in messages.parameters_from(arrays).items()
+    }
+    try:
+        check_alike(schema, model)
+        check_finite(model)
+    except SecateurError as error:
+        raise AggregateError(
+            f"{type(strategy).__name__} made an unusable model: {error}"
+        ) from error
+    return {name: model[name] for name in schema}, metrics
+
+
+def _conform(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if like.is_floating_point() or not tensor.is_floating_point():
+        return tensor.to(like.dtype)
+    return tensor.round().to(like.dtype)
+
+
+class PlanRounds:
+    """Carries a plan's asks over a Grid, with a strategy of its own.
+
+    ``train`` goes through the strategy, so that whatever it tells clients (FedProx's ``mu``) or
+    keeps between rounds (FedAdam's moments) takes part; every other action is sent as it is.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        grid: Grid,
+        directory: Directory,
+        *,
+        screen: Screen,
+        train_config: ConfigRecord,
+        deadline_s: float,
+        seed: int | None,
+    ) -> None:
+        self._strategy = strategy
+        self._grid = grid
+        self._directory = directory
+        self._screen = screen
+        self._train_config = train_config
+        self._deadline_s = deadline_s
+        self._seed = seed
+
+    def ask(self, ask: Ask) -> list[Answer]:
+        """Send one ask and return the usable answers, sorted by client."""
+        outgoing = self._train(ask) if ask.action == messages.TRAIN else self._other(ask)
+        received = self._grid.send_and_receive(outgoing, timeout=self._deadline_s)
+        replies = match(outgoing, received, self._directory)
+        schema = ask.arrays if ask.action.split(".")[0] == messages.TRAIN else None
+        return list(self._screen.check(replies, schema).answers)
+
+    def aggregate(self, number: int, start: Parameters, answers: Sequence[Answer]) -> Parameters:
+        """Aggregate as the strategy does; without answers the model stays as it was."""
+        encoded = [
+            messages.message_from(answer, self._directory.node(answer.client)) for answer in answers
+        ]
+        model, _ = aggregate(self._strategy, number, start, encoded)
+        return start if model is None else model
+
+    def _train(self, ask: Ask) -> list[Message]:
+        number = int(ask.config["round"])
+        visible = VisibleGrid(
+            self._grid, self._directory, _only(ask.to), patience_s=self._deadline_s
+        )
+        arrays = messages.record_from(ask.arrays or {})
+        config = ConfigRecord(dict(self._train_config))
+        with seeded_sampling(self._seed, number):
+            return list(self._strategy.configure_train(number, arrays, config, visible))
+
+    def _other(self, ask: Ask) -> list[Message]:
+        content = RecordDict({messages.CONFIG: ConfigRecord(dict(ask.config))})
+        if ask.arrays is not None:
+            content[messages.ARRAYS] = messages.record_from(ask.arrays)
+        self._directory.refresh(self._grid)
+        return [
+            Message(
+                content=content,
+                dst_node_id=self._directory.node(client),
+                message_type=ask.action,
+            )
+            for client in ask.to
+        ]
+
+
+def _only(clients: Sequence[str]) -> Callable[[str], bool]:
+    chosen = frozenset(clients)
+    return lambda client: client in chosen

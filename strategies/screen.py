@@ -1,0 +1,239 @@
+"""Screening: check every reply against the model's schema before anything else sees it.
+
+A client can send anything. Unscreened, one NaN poisons the model, one wrong key ends the run and
+one absurd ``num-examples`` outvotes everybody (``docs/architecture.md``). A reply that fails is
+dropped with a named reason, and the round goes on without it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+from flwr.app import Array, MetricRecord, RecordDict
+
+from strategies import messages
+from strategies.exchange import Reply
+from unlearning.parameters import Parameters, difference, norm
+from unlearning.plan import Answer
+
+HEADER_BYTES = 1024
+"""Room for the header of a serialised array."""
+
+
+@dataclass(frozen=True)
+class Rejected(Exception):
+    """A reply that failed, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Screened:
+    """Replies sorted into usable answers and named rejections."""
+
+    answers: tuple[Answer, ...]
+    """Sorted by client; weights capped."""
+    rejected: Mapping[str, str]
+    """Client -> reason, for replies that arrived and failed, were errors, or never came."""
+    faults: frozenset[str]
+    """Of the rejected, those whose content broke a rule: a strike against them."""
+    capped: Mapping[str, float]
+    """Client -> reported weight, where the cap lowered it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screen:
+    """Rules a reply must meet.
+
+    Attributes
+    ----------
+    weight_cap
+        Largest weight of one client in an average, in units of the round's median
+        ``num-examples``; larger ones are lowered to it.
+    weight_limit
+        Largest ``num-examples`` that is believed at all, in the same unit.
+    norm_limit
+        Largest distance of a returned model from the global one, in units of the round's median
+        distance. Applies from three replies on.
+    """
+
+    weight_cap: float = 2.0
+    weight_limit: float = 1000.0
+    norm_limit: float = 20.0
+
+    def check(self, replies: Sequence[Reply], previous: Parameters | None) -> Screened:
+        """Screen the replies of one round.
+
+        Parameters
+        ----------
+        replies
+            One per client asked.
+        previous
+            Model that was sent out; its names, shapes and dtypes are the schema. ``None`` for
+            replies that carry metrics only.
+        """
+        answers: list[Answer] = []
+        rejected: dict[str, str] = {}
+        faults: set[str] = set()
+        for reply in replies:
+            if reply.message is None:
+                rejected[reply.client] = "no reply before the deadline"
+            elif reply.message.has_error():
+                error = reply.message.error
+                rejected[reply.client] = f"error {error.code}: {one_line(error.reason)}"
+            else:
+                try:
+                    answers.append(read_answer(reply.client, reply.message.content, previous))
+                except Rejected as failure:
+                    rejected[reply.client] = failure.reason
+                    faults.add(reply.client)
+        for judge in (reject_odd_metrics, self._reject_weights, self._reject_norms):
+            failed = judge(answers, previous)
+            rejected.update(failed)
+            faults.update(failed)
+            answers = [answer for answer in answers if answer.client not in failed]
+        answers.sort(key=lambda answer: answer.client)
+        kept, capped = self._cap_weights(answers)
+        return Screened(tuple(kept), dict(sorted(rejected.items())), frozenset(faults), capped)
+
+    def _reject_weights(
+        self, answers: Sequence[Answer], previous: Parameters | None
+    ) -> dict[str, str]:
+        del previous
+        if not answers:
+            return {}
+        limit = self.weight_limit * median(answer.num_examples for answer in answers)
+        return {
+            answer.client: f"num-examples {answer.num_examples:g} exceeds {limit:g}, "
+            f"{self.weight_limit:g} times the round's median"
+            for answer in answers
+            if answer.num_examples > limit
+        }
+
+    def _reject_norms(
+        self, answers: Sequence[Answer], previous: Parameters | None
+    ) -> dict[str, str]:
+        if previous is None:
+            return {}
+        norms = {
+            answer.client: norm(difference(answer.arrays, previous))
+            for answer in answers
+            if answer.arrays is not None
+        }
+        if len(norms) < 3:
+            return {}
+        limit = self.norm_limit * median(norms.values())
+        return {
+            client: f"update norm {value:.3g} exceeds {limit:.3g}, {self.norm_limit:g} times the "
+            "round's median"
+            for client, value in norms.items()
+            if value > limit > 0
+        }
+
+    def _cap_weights(self, answers: Sequence[Answer]) -> tuple[list[Answer], dict[str, float]]:
+        if not answers:
+            return [], {}
+        cap = self.weight_cap * median(answer.num_examples for answer in answers)
+        capped = {a.client: float(a.num_examples) for a in answers if a.num_examples > cap}
+        return [
+            replace(answer, num_examples=cap) if answer.client in capped else answer
+            for answer in answers
+        ], capped
+
+
+def read_answer(client: str, content: RecordDict, previous: Parameters | None) -> Answer:
+    """Decode one reply; raises ``Rejected``."""
+    arrays = content.array_records
+    wanted = [] if previous is None else [messages.ARRAYS]
+    if list(arrays) != wanted:
+        raise Rejected(f"expected array records {wanted}, got {sorted(arrays)}")
+    if list(content.metric_records) != [messages.METRICS]:
+        found = sorted(content.metric_records)
+        raise Rejected(f"expected metric records {[messages.METRICS]}, got {found}")
+    metrics, num_examples = read_metrics(content.metric_records[messages.METRICS])
+    model = None if previous is None else read_model(arrays[messages.ARRAYS], previous)
+    return Answer(client, model, metrics, num_examples)
+
+
+def read_metrics(record: MetricRecord) -> tuple[dict[str, int | float], int | float]:
+    """Return the metrics without ``num-examples``, and ``num-examples``."""
+    if messages.NUM_EXAMPLES not in record:
+        raise Rejected(f"metric '{messages.NUM_EXAMPLES}' is missing")
+    metrics: dict[str, int | float] = {}
+    for name, value in record.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise Rejected(f"metric '{name}' is a {type(value).__name__}, not one number")
+        if not math.isfinite(value):
+            raise Rejected(f"metric '{name}' is {value}")
+        metrics[name] = value
+    weight = metrics.pop(messages.NUM_EXAMPLES)
+    if weight <= 0:
+        raise Rejected(f"num-examples is {weight:g}; it must be positive")
+    return metrics, weight
+
+
+def read_model(record: Mapping[str, Array], schema: Parameters) -> dict[str, torch.Tensor]:
+    """Decode a model that must match ``schema`` exactly and be finite."""
+    missing = sorted(schema.keys() - record.keys())
+    extra = sorted(record.keys() - schema.keys())
+    if missing or extra:
+        raise Rejected(
+            "; ".join(
+                f"{kind} {', '.join(names)}"
+                for kind, names in (("missing tensors", missing), ("unknown tensors", extra))
+                if names
+            )
+        )
+    return {name: read_tensor(name, record[name], tensor) for name, tensor in schema.items()}
+
+
+def read_tensor(name: str, array: Array, like: torch.Tensor) -> torch.Tensor:
+    """Decode one tensor, trusting neither its header nor what it declares."""
+    size = like.element_size() * like.nelement() + HEADER_BYTES
+    if len(array.data) > size:
+        raise Rejected(f"tensor {name} takes {len(array.data)} bytes, at most {size} are expected")
+    try:
+        value = array.numpy()
+    except (ValueError, TypeError, EOFError, OSError, SyntaxError, MemoryError) as error:
+        raise Rejected(f"tensor {name} cannot be decoded: {one_line(error)}") from error
+    if not isinstance(value, np.ndarray):
+        raise Rejected(f"tensor {name} is a {type(value).__name__}, not an array")
+    if value.shape != tuple(like.shape):
+        raise Rejected(f"tensor {name} has shape {value.shape}, expected {tuple(like.shape)}")
+    if value.dtype != _numpy_dtype(like):
+        raise Rejected(f"tensor {name} has dtype {value.dtype}, expected {_numpy_dtype(like)}")
+    if value.dtype.kind == "f" and not bool(np.isfinite(value).all()):
+        raise Rejected(f"tensor {name} holds NaN or Inf")
+    return torch.from_numpy(np.array(value))  # a copy: the reply's own memory is read-only
+
+
+def reject_odd_metrics(answers: Sequence[Answer], previous: Parameters | None) -> dict[str, str]:
+    """Reject replies whose metric names differ from most clients'.
+
+    Flower ends the whole run when they differ, so one client could stop everybody. The most
+    frequent set of names counts; of equally frequent ones, the smallest, then the first by name.
+    """
+    del previous
+    kinds = Counter(tuple(sorted(answer.metrics)) for answer in answers)
+    if len(kinds) < 2:
+        return {}
+    common = min(kinds, key=lambda names: (-kinds[names], len(names), names))
+    return {
+        answer.client: f"metrics {sorted(answer.metrics)} differ from most clients' {list(common)}"
+        for answer in answers
+        if tuple(sorted(answer.metrics)) != common
+    }
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """Return text from a client fit for a log: one printable line of bounded length."""
+    line = "".join(c if c.isprintable() else " " for c in str(text))
+    return line if len(line) <= limit else line[:limit] + " ..."
+
+
+def _numpy_dtype(tensor: torch.Tensor) -> np.dtype[np.generic]:
+    return torch.empty(0, dtype=tensor.dtype).numpy().dtype

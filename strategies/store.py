@@ -1,0 +1,58 @@
+"""What must outlive a crash, as a protocol, and a version that lives in memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from strategies.records import RoundRecord
+from strategies.roster import Roster
+from unlearning.parameters import Parameters
+from unlearning.plan import Answer, Journal
+
+
+class Store(Protocol):
+    """One transaction per round, and a journal per plan."""
+
+    def commit(self, record: RoundRecord, model: Parameters, roster: Roster) -> None:
+        """Keep a finished round, the model it published and the roster, all or nothing."""
+
+    def journal(self, plan: str) -> Journal:
+        """Return the journal of one plan, empty for a plan not seen before."""
+
+
+@dataclass
+class MemoryJournal:
+    """A plan's answers, in a list."""
+
+    kept: list[Sequence[Answer]] = field(default_factory=list)
+
+    def answers(self) -> Sequence[Sequence[Answer]]:
+        """Return what was recorded, oldest first."""
+        return tuple(self.kept)
+
+    def record(self, answers: Sequence[Answer]) -> None:
+        """Keep the answers to the plan's next ask."""
+        self.kept.append(answers)
+
+
+@dataclass
+class MemoryStore:
+    """Keeps everything until the process ends; for simulations and tests.
+
+    Of the models only the newest is kept: nothing could resume from an older one here.
+    """
+
+    rounds: list[RoundRecord] = field(default_factory=list)
+    model: Parameters | None = None
+    roster: Mapping[str, str] = field(default_factory=dict)
+    journals: dict[str, MemoryJournal] = field(default_factory=dict)
+
+    def commit(self, record: RoundRecord, model: Parameters, roster: Roster) -> None:
+        """Keep a finished round."""
+        self.rounds.append(record)
+        self.model = model
+        self.roster = roster.statuses()
+
+    def journal(self, plan: str) -> MemoryJournal:
+        """Return the journal of one plan."""
+        return self.journals.setdefault(plan, MemoryJournal())

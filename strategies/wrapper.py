@@ -1,0 +1,502 @@
+"""``Unlearning``: any Flower strategy, plus screening, detection, quarantine and forgetting."""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedXgbBagging, FedXgbCyclic, Result, Strategy
+
+from strategies import messages, rounds
+from strategies.detectors.interface import Detector, Finding
+from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
+from strategies.exchange import Reply, match
+from strategies.memory import LastRound, Memory
+from strategies.methods import Cause, Method, Pending, Situation, Unlearned
+from strategies.rate_limit import RateLimit
+from strategies.records import Phase, RoundRecord, UnlearningRecord
+from strategies.roster import Hysteresis, Roster
+from strategies.screen import Screen, Screened
+from strategies.store import MemoryStore, Store
+from unlearning.errors import SecateurError
+from unlearning.parameters import Parameters, difference
+from unlearning.plan import Answer, carry_out
+from unlearning.randomness import derive_seed
+from unlearning.recovery import recovery_bound, rounds_to_reach
+
+log = logging.getLogger("flwr")
+
+VALIDATION = "validation_accuracy"
+"""Measure that recovery is judged by: data that neither trains nor grades."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """When the rounds after an unlearning end (``methods`` 1.4).
+
+    They end when validation accuracy is back within ``tolerance`` of what it was before, or after
+    ``cap`` rounds. The forget set, triggers and test data are never looked at.
+    """
+
+    tolerance: float = 0.02
+    cap: int = 20
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.tolerance < 1 and self.cap >= 1):
+            raise ValueError(
+                f"tolerance must lie in [0, 1) and cap be at least 1, got {self.tolerance} and "
+                f"{self.cap}"
+            )
+
+
+class Unlearning(Strategy):
+    """Wrap a strategy so that the federation can forget.
+
+    A round, in order:
+
+    1. The wrapped strategy chooses among the clients that are not excluded.
+    2. ``screen`` drops replies that break the model's schema.
+    3. ``detector`` looks at what is left; who is flagged often enough is quarantined at once.
+    4. The wrapped strategy aggregates the rest.
+    5. If clients wait to be forgotten and ``rate_limit`` allows it, ``method`` forgets them all.
+    6. Recovery rounds follow until ``recovery`` is satisfied.
+
+    With ``screen``, ``detector`` and ``method`` all ``None`` it behaves as the wrapped strategy
+    does. ``strategies.loop.run_rounds`` plays the rounds; ``start`` calls it, so the class can
+    stand wherever a Flower strategy stands.
+
+    Parameters
+    ----------
+    strategy
+        Any Flower strategy whose clients send model parameters.
+    screen
+        Rules for replies. Needed by a detector or a method, which trust what they see.
+    detector, hysteresis
+        Who looks malicious, and how often that must be found. Without a detector, clients are
+        forgotten on request only.
+    method, rate_limit, recovery
+        How to forget, how often at most, and when recovery is over.
+    store
+        Keeps rounds and journals; in memory by default.
+    identify
+        Names the client behind a node.
+    deadline_s
+        Seconds that a round waits, first for enough clients to connect, then for their replies.
+    quorum
+        Share of the clients asked that must send a usable reply for the round to count.
+    seed
+        Seeds sampling and detection. ``None`` leaves Python's global generator to Flower.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        *,
+        screen: Screen | None = None,
+        detector: Detector | None = None,
+        hysteresis: Hysteresis | None = None,
+        method: Method | None = None,
+        rate_limit: RateLimit | None = None,
+        recovery: Recovery | None = None,
+        store: Store | None = None,
+        identify: Identify = by_node,
+        deadline_s: float = 3600.0,
+        quorum: float = 0.5,
+        seed: int | None = None,
+    ) -> None:
+        _check_combination(strategy, screen, detector, method)
+        if not 0 <= quorum <= 1:
+            raise ValueError(f"quorum must lie in [0, 1], got {quorum}")
+        self.strategy = strategy
+        self.screen = screen
+        self.detector = detector
+        self.warm_up = (hysteresis or Hysteresis()).warm_up
+        self.method = method
+        self.rate_limit = rate_limit or RateLimit()
+        self.recovery = recovery or Recovery()
+        self.store: Store = store if store is not None else MemoryStore()
+        self.deadline_s = deadline_s
+        self.quorum = quorum
+        self.seed = seed
+        self.directory = Directory(identify)
+        self.roster = Roster(hysteresis)
+        self.memory = Memory(method.needs if method is not None else ())
+        self.pending: list[Pending] = []
+        self.last_unlearning: int | None = None
+        self.recovering: UnlearningRecord | None = None
+        self.record = RoundRecord(0)
+        self._fresh = copy.deepcopy(strategy)
+        self._outgoing: list[Message] = []
+        self._previous: dict[str, torch.Tensor] = {}
+        self._accuracies: dict[int, float] = {}
+
+    # ------------------------------------------------------------ Flower's interface
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Let the wrapped strategy choose among the clients that are not excluded."""
+        self.record = RoundRecord(
+            server_round, phase=Phase.RECOVER if self.recovering else Phase.TRAIN
+        )
+        self._previous = messages.parameters_from(arrays)
+        with rounds.seeded_sampling(self.seed, server_round):
+            chosen = self.strategy.configure_train(
+                server_round, arrays, config, self._visible(grid)
+            )
+            self._outgoing = list(chosen)
+        return self._outgoing
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Screen, detect, quarantine, and let the wrapped strategy aggregate what is left."""
+        matched = match(self._outgoing, replies, self.directory)
+        self.record.asked = tuple(reply.client for reply in matched)
+        if self.screen is None:
+            return self._pass_through(server_round, matched)
+        screened = self.screen.check(matched, self._previous)
+        self._note_screening(screened)
+        answers = screened.answers
+        needed = math.ceil(self.quorum * len(matched) - 1e-9)
+        if len(answers) < max(1, needed):
+            return self._void(
+                f"{len(answers)} of {len(matched)} clients sent a usable reply, "
+                f"{max(1, needed)} are needed"
+            )
+        due = self._detect(server_round, answers)
+        kept = [answer for answer in answers if answer.client not in due]
+        try:
+            model, metrics = rounds.aggregate(
+                self.strategy, server_round, self._previous, self._encoded(kept)
+            )
+        except rounds.AggregateError as error:
+            return self._void(str(error))
+        if model is None:
+            return self._void("the strategy made no model")
+        self.record.participants = tuple(answer.client for answer in kept)
+        self._remember(server_round, answers)
+        if due:
+            self._quarantine(due, server_round, "malicious", model, self.record.quarantined)
+        return messages.record_from(model), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Let the wrapped strategy choose among the clients that are not excluded."""
+        with rounds.seeded_sampling(self.seed, -server_round):
+            chosen = self.strategy.configure_evaluate(
+                server_round, arrays, config, self._visible(grid)
+            )
+            self._outgoing = list(chosen)
+        return self._outgoing
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Screen the metrics, and let the wrapped strategy average them."""
+        matched = match(self._outgoing, replies, self.directory)
+        if self.screen is None:
+            return self.strategy.aggregate_evaluate(server_round, _messages(matched))
+        screened = self.screen.check(matched, None)
+        for client, reason in screened.rejected.items():
+            log.warning("round %d: evaluation of %s not used: %s", server_round, client, reason)
+        self.roster.strike(screened.faults)
+        if not screened.answers:
+            return None
+        return self.strategy.aggregate_evaluate(server_round, self._encoded(screened.answers))
+
+    def summary(self) -> None:
+        """Log what is switched on, then the wrapped strategy's settings."""
+        log.info(
+            "\t├──> Unlearning: screen %s, detector %s, method %s",
+            "on" if self.screen else "off",
+            self.detector.name if self.detector else "off",
+            self.method.name if self.method else "off",
+        )
+        self.strategy.summary()
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Play the rounds as Flower's strategies do, and as long as forgetting takes.
+
+        ``evaluate_fn`` may return ``validation_accuracy``: recovery is judged by it.
+        """
+        from strategies.loop import run_rounds  # noqa: PLC0415  the loop knows this class
+
+        self.deadline_s = timeout
+        result = Result()
+
+        def measure(number: int, model: Parameters) -> Mapping[str, float | None]:
+            found = evaluate_fn(number, messages.record_from(model)) if evaluate_fn else None
+            if found is None:
+                return {}
+            result.evaluate_metrics_serverapp[number] = found
+            return {name: float(value) for name, value in found.items()}  # type: ignore[arg-type]
+
+        model = run_rounds(
+            self,
+            grid,
+            messages.parameters_from(initial_arrays),
+            rounds=num_rounds,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            measure=measure,
+            result=result,
+        )
+        result.arrays = messages.record_from(model)
+        return result
+
+    # ------------------------------------------------------------ forgetting
+    @property
+    def busy(self) -> bool:
+        """Whether clients wait to be forgotten, or recovery goes on."""
+        return bool(self.pending) or self.recovering is not None
+
+    def forget(self, clients: Sequence[str], cause: Cause, model: Parameters) -> None:
+        """Exclude clients now and forget them as soon as the rate limit allows.
+
+        Parameters
+        ----------
+        clients
+            Active clients that took part in the last round.
+        cause
+            ``privacy`` or ``malicious``.
+        model
+            Aggregate of the others in that round.
+
+        Raises
+        ------
+        NoLastRoundError
+            If the method needs their last round and it was not remembered; nothing is changed.
+        """
+        self._quarantine(list(clients), self.record.number, cause, model, {})
+
+    def unlearn_if_due(
+        self, model: Parameters, grid: Grid, config: ConfigRecord
+    ) -> dict[str, torch.Tensor] | None:
+        """Forget whoever waits, if the rate limit allows it; return the new model, if any.
+
+        A refusal (too few honest clients left) is recorded with its reason and its clients stay
+        in quarantine; every other failure stops the run.
+        """
+        number = self.record.number
+        if not self.pending or not self.rate_limit.allows(number, self.last_unlearning):
+            return None
+        if self.method is None or not self.record.participants:
+            return None
+        pending, self.pending = tuple(self.pending), []
+        plan_rounds = self.plan_rounds(grid, config)
+        situation = Situation(
+            number,
+            model,
+            self._previous,
+            self.memory.last,
+            self.memory.initial,
+            pending,
+            self.record.participants,
+            plan_rounds.aggregate,
+        )
+        record = UnlearningRecord(number, self.method.name, pending[0].cause, situation.forgotten)
+        record.memory_bytes = self.memory.bytes_held()
+        self.record.unlearning = record
+        self.record.phase = Phase.UNLEARN
+        started = time.perf_counter()
+        try:
+            outcome = carry_out(
+                self.method.plan(situation),
+                plan_rounds.ask,
+                self.store.journal(f"unlearning-{number}"),
+            )
+        except SecateurError as error:
+            record.refused = str(error)
+            log.warning("round %d: unlearning refused: %s", number, error)
+            return None
+        self._note_unlearned(record, outcome, time.perf_counter() - started)
+        return {name: tensor.clone() for name, tensor in outcome.model.items()}
+
+    def after_measures(self) -> None:
+        """Decide whether recovery is over; called once the round's model has been measured."""
+        number = self.record.number
+        accuracy = self.record.measures.get(VALIDATION)
+        if accuracy is not None:
+            self._accuracies[number] = accuracy
+        if self.recovering is None or self.recovering.number == number:
+            return
+        target = self.recovering.recovery_target
+        spent = number - self.recovering.number
+        recovered = accuracy is not None and target is not None and accuracy >= target
+        if recovered or spent >= self.recovery.cap:
+            self.recovering.recovery_rounds = spent
+            self.recovering.recovery_ended_by = "recovered" if recovered else "cap"
+            bound = self.recovering.recovery_bound
+            if bound is not None and spent > bound:
+                self.recovering.warnings.append(
+                    f"recovery took {spent} rounds, more than FedUP's bound of {bound}"
+                )
+            self.recovering = None
+
+    def plan_rounds(self, grid: Grid, config: ConfigRecord) -> rounds.PlanRounds:
+        """Return a carrier for plans, with a copy of the wrapped strategy as it was at first."""
+        return rounds.PlanRounds(
+            copy.deepcopy(self._fresh),
+            grid,
+            self.directory,
+            screen=self.screen or Screen(),
+            train_config=config,
+            deadline_s=self.deadline_s,
+            seed=self.seed,
+        )
+
+    # ------------------------------------------------------------ steps of a round
+    def _visible(self, grid: Grid) -> VisibleGrid:
+        return VisibleGrid(
+            grid, self.directory, self.roster.may_take_part, patience_s=self.deadline_s
+        )
+
+    def _pass_through(
+        self, number: int, replies: Sequence[Reply]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        usable = [r for r in replies if r.message is not None and not r.message.has_error()]
+        self.record.participants = tuple(reply.client for reply in usable)
+        return self.strategy.aggregate_train(number, _messages(replies))
+
+    def _void(self, why: str) -> tuple[None, None]:
+        self.record.note = f"previous model kept: {why}"
+        log.warning("round %d: %s", self.record.number, self.record.note)
+        return None, None
+
+    def void_round(self, number: int, error: QuorumError) -> None:
+        """Record a round that could not even begin."""
+        self.record = RoundRecord(number, Phase.RECOVER if self.recovering else Phase.TRAIN)
+        self._void(str(error))
+
+    def _note_screening(self, screened: Screened) -> None:
+        self.record.rejected = dict(screened.rejected)
+        self.record.capped = dict(screened.capped)
+        self.roster.strike(screened.faults)
+        for client, reason in screened.rejected.items():
+            log.warning("round %d: %s rejected: %s", self.record.number, client, reason)
+
+    def _detect(self, number: int, answers: Sequence[Answer]) -> list[str]:
+        """Return the clients that have now been flagged often enough."""
+        if self.detector is None:
+            return []
+        updates = {
+            answer.client: difference(answer.arrays, self._previous)
+            for answer in answers
+            if answer.arrays is not None
+        }
+        finding: Finding = self.detector.inspect(
+            number,
+            updates,
+            self._previous,
+            seed=derive_seed(self.seed or 0, "detector", number),
+        )
+        self.record.detector = self.detector.name
+        self.record.finding = finding
+        if number <= self.warm_up:
+            return []
+        return self.roster.record_flags(updates, finding.flagged)
+
+    def _remember(self, number: int, answers: Sequence[Answer]) -> None:
+        locals_ = {answer.client: answer.arrays for answer in answers if answer.arrays is not None}
+        weights = {answer.client: float(answer.num_examples) for answer in answers}
+        self.memory.remember(LastRound(number, self._previous, locals_, weights))
+
+    def _quarantine(
+        self,
+        clients: Sequence[str],
+        number: int,
+        cause: Cause,
+        model: Parameters,
+        noted: dict[str, str],
+    ) -> None:
+        evidence = (
+            self.method.freeze(self.memory.last, model, clients)
+            if self.method is not None
+            else None
+        )
+        if self.method is not None:
+            self.pending.append(Pending(tuple(sorted(clients)), cause, number, evidence))
+        for client in clients:
+            entry = self.roster.entry(client)
+            reason = (
+                f"flagged in {sum(entry.recent)} of its last {len(entry.recent)} rounds"
+                if cause == "malicious" and any(entry.recent)
+                else f"to be forgotten ({cause})"
+            )
+            self.roster.quarantine([client], number, reason)
+            noted[client] = reason
+            log.warning("round %d: %s quarantined: %s", number, client, reason)
+
+    def _note_unlearned(self, record: UnlearningRecord, outcome: Unlearned, seconds: float) -> None:
+        number = record.number
+        record.seconds = seconds
+        record.settings = dict(outcome.settings)
+        record.zeroed = {name: int(mask.sum()) for name, mask in outcome.masks.items()}
+        record.sizes = {name: mask.numel() for name, mask in outcome.masks.items()}
+        record.warnings = list(outcome.warnings)
+        self.last_unlearning = number
+        # What the wrapped strategy remembers (moments, momentum) holds their influence too.
+        self.strategy = copy.deepcopy(self._fresh)
+        forgotten = frozenset(record.clients)
+        self.memory.forget(forgotten)
+        if self.detector is not None:
+            self.detector.forget(forgotten)
+        self.roster.ban(record.clients, number, "forgotten")
+        if outcome.recovers:
+            self._begin_recovery(record, outcome.rate)
+        log.info("round %d: %s forgot %s", number, record.method, ", ".join(record.clients))
+
+    def _begin_recovery(self, record: UnlearningRecord, rate: float) -> None:
+        before = self._accuracies.get(record.number - 1)
+        if before is None:
+            record.warnings.append("no validation accuracy from before: recovery runs to its cap")
+        else:
+            record.recovery_target = before - self.recovery.tolerance
+            curve = [self._accuracies.get(n, math.nan) for n in range(1, record.number)]
+            reached = rounds_to_reach(curve, record.recovery_target)
+            if reached is not None and rate > 0:
+                record.recovery_bound = recovery_bound(reached, rate)
+        self.recovering = record
+
+    def _encoded(self, answers: Sequence[Answer]) -> list[Message]:
+        return [messages.message_from(a, self.directory.node(a.client)) for a in answers]
+
+    def initial(self, model: Parameters, measures: Mapping[str, float | None]) -> None:
+        """Take note of the model of round 0."""
+        self.memory.start(model)
+        self.record = RoundRecord(0, measures=dict(measures))
+
+
+def _messages(replies: Sequence[Reply]) -> list[Message]:
+    return [reply.message for reply in replies if reply.message is not None]
+
+
+def _check_combination(
+    strategy: Strategy, screen: Screen | None, detector: Detector | None, method: Method | None
+) -> None:
+    if isinstance(strategy, FedXgbBagging | FedXgbCyclic):
+        raise SecateurError(
+            f"{type(strategy).__name__} exchanges trees, not parameters: nothing here can screen "
+            "or prune them; wrap a strategy that averages models"
+        )
+    for part in (detector, method):
+        if part is not None and screen is None:
+            raise SecateurError(
+                f"{part.name} trusts the updates it sees, so replies must be screened; pass "
+                "screen=Screen()"
+            )
