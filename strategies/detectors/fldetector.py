@@ -108,7 +108,7 @@ def lbfgs_product(model_differences: Tensor, update_differences: Tensor, vector:
         ]
     )
     # Nearly parallel differences make the matrix nearly singular; the pseudo-inverse stays tame.
-    inverse = torch.linalg.pinv(middle, hermitian=True, rtol=1e-12)
+    inverse: Tensor = torch.linalg.pinv(middle, hermitian=True, rtol=1e-12)
     weights = (inverse @ torch.cat([sigma * sv, yv])).to(vector.dtype)
     return sigma * vector - (sigma * (weights[:count] @ s) + weights[count:] @ y)
 

@@ -91,7 +91,7 @@ def project(
         Shape (N, dimensions).
     """
     projected = torch.zeros(rows.shape[0], dimensions)
-    for block in rows.split(columns, dim=1):
+    for block in _column_blocks(rows, columns):
         projected += block @ torch.randn(block.shape[1], dimensions, generator=random)
     return projected / math.sqrt(dimensions)
 
@@ -179,10 +179,11 @@ def two_means(products: Tensor, random: torch.Generator, *, restarts: int = 10) 
 
     All that 2-means needs of the rows is their inner products.
 
-    One start is the closest pair of rows against the rest, which a few seeded starts among many
-    rows would miss; the others are drawn as in k-means++. From each, Hartigan's rule moves one row at a time as long
-    as the sum of squares falls. Lloyd's rule (move every row to the nearer mean) would not do: of
-    few rows in many dimensions each pulls its own mean so close that almost any split is stable.
+    One start is the closest pair of rows against the rest, which drawn starts would miss among
+    many rows; the others are drawn as in k-means++. From each, Hartigan's rule moves one row at a
+    time as long as the sum of squares falls. Lloyd's rule (move every row to the nearer mean)
+    would not do: of few rows in many dimensions each pulls its own mean so close that almost any
+    split is stable.
 
     Parameters
     ----------
@@ -205,7 +206,7 @@ def two_means(products: Tensor, random: torch.Generator, *, restarts: int = 10) 
     starts = [_closest_pair(centred)]
     starts += [_seeded_split(centred, random) for _ in range(restarts)]
     splits = [_hartigan(centred, start, 1e-12 * scatter) for start in starts]
-    # max keeps the first of equals, so the result does not depend on rounding in later restarts.
+    # Rounded, so that of equally good splits the first one is kept whatever the last bits say.
     return max(splits, key=lambda split: round(_between(centred, split) / scatter, 9))
 
 
@@ -296,8 +297,9 @@ def cluster_count(
     return largest
 
 
-def _column_blocks(rows: Tensor) -> Iterator[Tensor]:
-    return iter(rows.split(_COLUMNS, dim=1))
+def _column_blocks(rows: Tensor, columns: int = _COLUMNS) -> Iterator[Tensor]:
+    for start in range(0, rows.shape[1], columns):
+        yield rows[:, start : start + columns]
 
 
 def _closest_pair(products: Tensor) -> Tensor:

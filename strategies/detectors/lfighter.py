@@ -1,7 +1,7 @@
 """LFighter: the cluster of output-layer gradients that is small and dense is the flippers'.
 
     N. M. Jebreel, J. Domingo-Ferrer, D. Sanchez, A. Blanco-Justicia. "LFighter: Defending against
-    the label-flipping attack in federated learning." Neural Networks 170, 2024.
+    the label-flipping attack in federated learning." Neural Networks 170:111-126, 2024.
 
 Clients who swap the labels of two classes push the output layer's rows of these classes the same
 way, and push them hard:

@@ -1,0 +1,184 @@
+"""``report.json``: everything a run showed, in the shape that ``docs/report.md`` promises.
+
+Shares are in [0, 1]; ``null`` stands for what was not measured, never for a guess.
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+from client.task.device import choose_device
+from server.federation import TEST
+from simulation.experiment import Outcome, Point
+from simulation.probes import BACKDOOR, FLIP, FORGET, MEASURES
+from strategies.records import Phase, RoundRecord, UnlearningRecord
+from unlearning.verdict import NOT_MEASURED, Verdict, equivalence
+
+SCHEMA_VERSION = 1
+UTILITY_TOLERANCE = 0.02
+FORGETTING_TOLERANCE = 0.03
+
+
+def report_of(outcome: Outcome, engine: str) -> dict[str, Any]:
+    """Return the report as plain JSON values."""
+    scenario = outcome.scenario
+    points = outcome.points
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "secateur": metadata.version("secateur"),
+        "scenario": scenario.name,
+        "summary": scenario.summary,
+        "engine": engine,
+        "seed": scenario.settings.seed,
+        "settings": {
+            **scenario.settings.model_dump(by_alias=True),
+            "clients": scenario.clients.model_dump(),
+            "attack": scenario.attack.model_dump(mode="json") if scenario.attack else None,
+            "baselines": scenario.baselines.model_dump(),
+        },
+        "environment": _environment(scenario.settings.device),
+        "clients": {
+            "total": scenario.clients.total,
+            "malicious": list(outcome.malicious),
+            "forgotten": list(outcome.forgotten),
+            "roster": dict(outcome.roster),
+        },
+        "rounds": [_round(r) for r in [*outcome.rounds, *outcome.retrain_rounds]],
+        "natural_rounds": [_round(record) for record in outcome.natural_rounds],
+        "detections": _detections(outcome.rounds),
+        "ever_flagged": sorted(
+            {client for r in outcome.rounds if r.finding for client in r.finding.flagged}
+        ),
+        "unlearnings": [_unlearning(r.unlearning) for r in outcome.rounds if r.unlearning],
+        **{
+            name: _point(points.get(name))
+            for name in ("before", "unlearned", "after", "retrained", "natural", "final")
+        },
+        "retrain_rounds_needed": outcome.retrain_rounds_needed,
+        "speedup": _speedup(outcome),
+        "verdict": {name: asdict(verdict) for name, verdict in _verdicts(outcome).items()},
+    }
+
+
+def without_times(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the report without what differs between runs of the same seed: times and place."""
+    kept = {k: v for k, v in report.items() if k not in {"environment", "engine"}}
+    return _drop_seconds(kept)  # type: ignore[no-any-return]
+
+
+def _drop_seconds(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _drop_seconds(v) for k, v in value.items() if k != "seconds"}
+    return [_drop_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def _environment(device: str) -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "flwr": metadata.version("flwr"),
+        "torch": metadata.version("torch"),
+        "device": str(choose_device(device)),
+    }
+
+
+def _measures(measures: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: measures.get(name) for name in MEASURES}
+
+
+def _round(record: RoundRecord) -> dict[str, Any]:
+    finding = record.finding
+    return {
+        "round": record.number,
+        "phase": str(record.phase),
+        "participants": list(record.participants),
+        "rejected": dict(record.rejected),
+        "quarantined": dict(record.quarantined),
+        "capped": dict(record.capped),
+        "note": record.note,
+        **_measures(record.measures),
+        "train_loss": record.metrics.get("loss"),
+        "scores": dict(sorted(finding.scores.items())) if finding else {},
+        "flagged": sorted(finding.flagged) if finding else [],
+        "evidence": dict(finding.evidence) if finding else {},
+        "finding": finding.note if finding else "",
+        "seconds": record.seconds,
+    }
+
+
+def _detections(rounds: Sequence[RoundRecord]) -> list[dict[str, Any]]:
+    return [
+        {
+            "round": record.number,
+            "client": client,
+            "detector": record.detector,
+            "score": record.finding.scores.get(client),
+            "threshold": record.finding.threshold,
+            "decided_by": record.finding.decided_by,
+            "evidence": record.finding.evidence.get(record.finding.decided_by),
+        }
+        for record in rounds
+        if record.finding is not None
+        for client in sorted(record.finding.flagged)
+    ]
+
+
+def _unlearning(record: UnlearningRecord) -> dict[str, Any]:
+    return {
+        "round": record.number,
+        "method": record.method,
+        "cause": record.cause,
+        "clients": list(record.clients),
+        "settings": dict(record.settings),
+        "zeroed": sum(record.zeroed.values()),
+        "zeroed_by_layer": {
+            name: {"zeroed": count, "of": record.sizes[name]}
+            for name, count in record.zeroed.items()
+        },
+        "seconds": record.seconds,
+        "memory_bytes": record.memory_bytes,
+        "recovery_rounds": record.recovery_rounds,
+        "recovery_ended_by": record.recovery_ended_by,
+        "recovery_bound": record.recovery_bound,
+        "recovery_target": record.recovery_target,
+        "warnings": list(record.warnings),
+        "refused": record.refused,
+    }
+
+
+def _point(point: Point | None) -> dict[str, Any] | None:
+    if point is None:
+        return None
+    return {**_measures(point.measures), "round": point.number}
+
+
+def _speedup(outcome: Outcome) -> dict[str, float | None]:
+    """Return retraining over unlearning and recovery, in rounds and in seconds."""
+    needed = outcome.retrain_rounds_needed
+    served = [r.unlearning for r in outcome.rounds if r.unlearning and not r.unlearning.refused]
+    recovery = sum(record.recovery_rounds or 0 for record in served)
+    if needed is None or not recovery:
+        return {"rounds": None, "seconds": None}
+    spent = sum(record.seconds for record in served) + sum(
+        record.seconds for record in outcome.rounds if record.phase is Phase.RECOVER
+    )
+    retraining = sum(record.seconds for record in outcome.retrain_rounds[:needed])
+    return {"rounds": needed / recovery, "seconds": retraining / spent}
+
+
+def _verdicts(outcome: Outcome) -> dict[str, Verdict]:
+    """Return the four questions; privacy and hidden knowledge are not measured here."""
+    verdicts = dict.fromkeys(
+        ("utility", "forgetting", "privacy", "hidden_knowledge"), NOT_MEASURED
+    )
+    after, retrained = outcome.hits.get("after", {}), outcome.hits.get("retrained", {})
+    for question, measures, tolerance in (
+        ("utility", (TEST,), UTILITY_TOLERANCE),
+        ("forgetting", (BACKDOOR, FLIP, FORGET), FORGETTING_TOLERANCE),
+    ):
+        for measure in measures:
+            if measure in after and measure in retrained:
+                verdicts[question] = equivalence(after[measure], retrained[measure], tolerance)
+                break
+    return verdicts
