@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, Strategy
-from strategies.detectors.catalogue import DETECTORS
 from torch import nn
 
 from client.task.device import choose_device
@@ -12,6 +11,7 @@ from client.task.evaluation import evaluate, load_state
 from client.task.models import prunable_layers
 from client.task.protocol import Task
 from server.settings import Settings
+from strategies.detectors.catalogue import DETECTORS
 from strategies.detectors.interface import Detector
 from strategies.directory import by_node, by_partition
 from strategies.loop import Measure
@@ -77,8 +77,7 @@ def build_method(settings: Settings, model: nn.Module) -> Method | None:
         return None
     if settings.method == "fedup":
         return FedUP(rate=settings.pruning_rate, prunable=prunable_layers(model))
-    method: Method = METHODS[settings.method]()
-    return method
+    return METHODS[settings.method].make()
 
 
 def initial_model(task: Task, seed: int) -> nn.Module:

@@ -17,6 +17,8 @@ from unlearning.errors import SecateurError
 class SettingsError(SecateurError):
     """Settings that cannot be used; the message lists every fault."""
 
+    exit_code = 2
+
 
 class Settings(TaskOptions, LocalTraining):
     """One federation."""

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 
 from client.app import build_app
 from client.task.evaluation import state_of
 from client.task.protocol import load_task
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from server.federation import TEST, build_federation, initial_model
 from simulation.attacks.client import AttackMod, load_poisoned
 from simulation.probes import Probes, build_probes

@@ -169,9 +169,7 @@ def _speedup(outcome: Outcome) -> dict[str, float | None]:
 
 def _verdicts(outcome: Outcome) -> dict[str, Verdict]:
     """Return the four questions; privacy and hidden knowledge are not measured here."""
-    verdicts = dict.fromkeys(
-        ("utility", "forgetting", "privacy", "hidden_knowledge"), NOT_MEASURED
-    )
+    verdicts = dict.fromkeys(("utility", "forgetting", "privacy", "hidden_knowledge"), NOT_MEASURED)
     after, retrained = outcome.hits.get("after", {}), outcome.hits.get("retrained", {})
     for question, measures, tolerance in (
         ("utility", (TEST,), UTILITY_TOLERANCE),

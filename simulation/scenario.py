@@ -18,6 +18,8 @@ TABLES = ("clients", "attack", "baselines", "settings")
 class ScenarioError(SecateurError):
     """A scenario that does not exist or cannot be used; the message lists every fault."""
 
+    exit_code = 2
+
 
 class Clients(BaseModel):
     """Who takes part."""

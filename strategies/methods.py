@@ -1,6 +1,6 @@
 """Unlearning methods as a running federation uses them: what to keep, and the plan to run."""
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -69,8 +69,13 @@ class Unlearned:
 class Method(Protocol):
     """One way to forget clients."""
 
-    name: str
-    needs: frozenset[Need]
+    @property
+    def name(self) -> str:
+        """Return its name in settings."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Return the state that the server must keep for it."""
 
     def freeze(self, last: LastRound | None, model: Parameters, clients: Collection[str]) -> Any:
         """Keep what will be needed of these clients, whose data may be gone by the time it is.
@@ -208,8 +213,43 @@ class NaturalForgetting:
         return _done(Unlearned(situation.model))
 
 
-METHODS = {"fedup": FedUP, "retrain": Retrain, "natural": NaturalForgetting}
-"""Name -> class, of every method a federation can be set to."""
+@dataclass(frozen=True)
+class MethodEntry:
+    """What a person needs to know to choose a method."""
+
+    make: Callable[[], Method]
+    summary: str
+    guarantee: Literal["exact", "none"]
+    """``exact``: as if the clients had never taken part; ``none``: shown by measurement only."""
+    safe: bool
+    """Whether it is safe when the clients to be forgotten lie or are gone."""
+    source: str
+
+
+METHODS = {
+    "fedup": MethodEntry(
+        FedUP,
+        "Zero the large weights on which the forgotten and the others disagree most, then recover",
+        "none",
+        True,
+        "arXiv:2508.13853",
+    ),
+    "retrain": MethodEntry(
+        Retrain,
+        "Train again from round 0 without them",
+        "exact",
+        True,
+        "the gold baseline; methods 2.1",
+    ),
+    "natural": MethodEntry(
+        NaturalForgetting,
+        "Go on without them and change nothing else",
+        "none",
+        True,
+        "the null hypothesis; methods 2.2",
+    ),
+}
+"""Every method that a federation can be set to."""
 
 
 def last_layer(model: Parameters, names: Sequence[str]) -> torch.Tensor:

@@ -10,6 +10,9 @@ SecateurError               one line: the rule, the value, the remedy
 class SecateurError(Exception):
     """Base of all errors whose message is meant for the user, without a traceback."""
 
+    exit_code = 1
+    """Exit status of a command that ends with this error: 1 failed, 2 misuse."""
+
 
 class BenignMajorityError(SecateurError):
     """Half or more of the participants are to be forgotten; nobody honest is left to compare to."""

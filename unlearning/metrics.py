@@ -11,22 +11,3 @@ def accuracy(predicted: Tensor, targets: Tensor) -> float | None:
     if targets.numel() == 0:
         return None
     return float((predicted == targets).double().mean())
-
-
-def attack_success(predicted: Tensor, true_labels: Tensor, target: int) -> float | None:
-    """Return the backdoor success rate on triggered inputs (``methods`` 8, item 3).
-
-    The share of inputs whose true label is not the target and that are predicted as the target.
-    Inputs of the target class are left out: predicting them so is no success of the attack.
-
-    Parameters
-    ----------
-    predicted, true_labels
-        Predictions on *triggered* test inputs, and the inputs' true labels; shape (n,).
-    target
-        Class that the trigger is meant to produce.
-    """
-    sources = true_labels != target
-    if not bool(sources.any()):
-        return None
-    return float((predicted[sources] == target).double().mean())

@@ -99,7 +99,7 @@ def held_out(
     order = torch.randperm(len(inputs), generator=generator(0, "held out", purpose))
     out = [
         mine[: int(len(mine) * share)]
-        for label in targets.unique().tolist()
+        for label in torch.unique(targets).tolist()
         for mine in [order[targets[order] == label]]
     ]
     mask = torch.zeros(len(inputs), dtype=torch.bool)

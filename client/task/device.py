@@ -22,6 +22,6 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SecateurError(
-            f"device {name!r} is not available here; use auto, cpu, or a device that this machine has"
+            f"device {name!r} is not available here; use auto, cpu, or one that is"
         ) from error
     return device

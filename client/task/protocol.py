@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from unlearning.errors import SecateurError
 
-Examples = Dataset[tuple[Tensor, Tensor]]
-"""Pairs of input and target; sized."""
+Examples = Dataset[Any]
+"""Pairs of input and target tensors; it must know its length."""
 
 
 class TaskError(SecateurError):
@@ -117,7 +117,7 @@ def load_task(options: TaskOptions) -> Task:
     """
     reference = BUILT_IN.get(options.task, options.task)
     factory = _find(options.task, reference)
-    task = factory(options)
+    task: Task = factory(options)
     missing = [part for part in PARTS if not callable(getattr(task, part, None))]
     if missing:
         raise TaskError(

@@ -82,7 +82,8 @@ def label_flip(
     from the next; fewer if all pairs together have fewer.
     """
     count = int(share * len(targets) + 1e-9)
-    flipped, chosen = targets.clone(), []
+    flipped = targets.clone()
+    chosen: list[Tensor] = []
     for first, second in pairs:
         left = count - sum(len(rows) for rows in chosen)
         members = torch.nonzero((targets == first) | (targets == second)).reshape(-1)

@@ -49,3 +49,12 @@ class Attack(BaseModel):
         """Say whether attacker 0, 1, ... poisons in round ``number``."""
         start = self.start + (attacker // self.group * self.stagger if self.group else 0)
         return number >= start and (number - start) % self.every == 0
+
+
+ATTACKS = {
+    "backdoor": "A white 3 x 3 square in a corner makes the model answer the target class; the "
+    "attackers' other examples stay benign",
+    "label-flip": "The labels of two easily confused classes are swapped on a share of the "
+    "attackers' examples",
+}
+"""Kind -> what it does; both can be boosted, intermittent or staggered."""

@@ -47,7 +47,7 @@ def run(
         del context
         try:
             play(grid)
-        except BaseException as error:  # raised again below, with its own type
+        except BaseException as error:  # noqa: BLE001  raised again below, with its own type
             failures.append(error)
 
     workers = min(cpus, clients)

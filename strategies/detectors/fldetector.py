@@ -314,4 +314,5 @@ def _latest(history: Mapping[int, _Value], count: int) -> dict[int, _Value]:
 
 def _row_products(a: Tensor, b: Tensor) -> Tensor:
     """Return the inner product of each row of a with that of b, float64, shape (m,)."""
-    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)])
+    products = [float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True)]
+    return torch.tensor(products, dtype=torch.float64)

@@ -1,0 +1,5 @@
+"""``python -m server``: the ``secateur`` command."""
+
+from server.cli import main
+
+main()

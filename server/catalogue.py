@@ -1,0 +1,64 @@
+"""Commands that list what exists: methods and detectors."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+commands = typer.Typer(add_completion=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@commands.command()
+def methods(as_json: Json = False) -> None:
+    """List the unlearning methods."""
+    from strategies.methods import METHODS  # noqa: PLC0415  imports torch
+
+    rows = [
+        {
+            "name": name,
+            "summary": entry.summary,
+            "targets": "client",
+            "needs": ", ".join(sorted(entry.make().needs)),
+            "guarantee": entry.guarantee,
+            "safe_when_target_lies": entry.safe,
+            "source": entry.source,
+        }
+        for name, entry in METHODS.items()
+    ]
+    show(rows, as_json, title="Methods")
+
+
+@commands.command()
+def detectors(as_json: Json = False) -> None:
+    """List the detectors."""
+    from strategies.detectors.catalogue import DETECTORS  # noqa: PLC0415  imports torch
+
+    rows = [
+        {
+            "name": name,
+            "summary": entry.summary,
+            "catches": entry.catches,
+            "limits": entry.limits,
+            "source": entry.source,
+        }
+        for name, entry in DETECTORS.items()
+    ]
+    show(rows, as_json, title="Detectors")
+
+
+def show(rows: Sequence[Mapping[str, object]], as_json: bool, *, title: str) -> None:
+    """Print rows as a table, or as one JSON document."""
+    if as_json:
+        typer.echo(json.dumps(list(rows), indent=2))
+        return
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)

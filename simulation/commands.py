@@ -1,0 +1,172 @@
+"""Commands that run experiments. Everything heavy is imported only when a command runs."""
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from server.catalogue import Json, show
+from unlearning.errors import SecateurError
+
+if TYPE_CHECKING:
+    from simulation.experiment import Experiment
+    from simulation.scenario import Scenario
+
+commands = typer.Typer(add_completion=False)
+
+Engine = Literal["ray", "inprocess"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the report. [default: runs/NAME-seedN]")]
+
+
+@commands.command()
+def demo(seed: Seed = None, out: Out = None, as_json: Json = False) -> None:
+    """Catch three poisoners among ten clients and forget them, on Ray."""
+    execute("demo", engine="ray", overrides=_given(seed=seed), out=out, as_json=as_json)
+
+
+@commands.command()
+def run(
+    scenario: Annotated[str, typer.Argument(help="Name, or path of a TOML file.")],
+    engine: Annotated[Engine, typer.Option(help="How clients are run.")] = "ray",
+    seed: Seed = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated."),
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where to compute.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Run one scenario and write report.json, report.html, plots and model.safetensors."""
+    from simulation.scenario import parse_overrides  # noqa: PLC0415
+
+    overrides = parse_overrides(set_ or [])
+    overrides |= _given(seed=seed, device=device)
+    if data_dir is not None:
+        overrides["data-dir"] = str(data_dir.resolve())
+    execute(scenario, engine=engine, overrides=overrides, out=out, as_json=as_json)
+
+
+@commands.command()
+def scenarios(as_json: Json = False) -> None:
+    """List the scenarios that come with Secateur."""
+    from simulation.scenario import built_in  # noqa: PLC0415
+
+    rows = [{"name": name, "summary": summary} for name, summary in built_in()]
+    show(rows, as_json, title="Scenarios")
+
+
+@commands.command()
+def attacks(as_json: Json = False) -> None:
+    """List the attacks that scenarios can simulate."""
+    from simulation.attacks.settings import ATTACKS  # noqa: PLC0415
+
+    show(
+        [{"name": name, "summary": text} for name, text in ATTACKS.items()],
+        as_json,
+        title="Attacks",
+    )
+
+
+def execute(
+    name: str, *, engine: Engine, overrides: dict[str, Any], out: Path | None, as_json: bool
+) -> None:
+    """Run one scenario from its name to its report."""
+    from simulation.progress import Progress, summary  # noqa: PLC0415
+    from simulation.scenario import load_scenario  # noqa: PLC0415
+
+    scenario = load_scenario(name, overrides)
+    folder = out or Path("runs") / f"{scenario.name}-seed{scenario.settings.seed}"
+    created = prepare_folder(folder)
+    try:
+        with Progress(scenario, engine) as progress:
+            experiment = play(scenario, engine, progress)
+        report = write(experiment, engine, folder)
+    except BaseException:
+        for path in created:
+            path.rmdir()
+        raise
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        summary(report, folder)
+
+
+def play(scenario: "Scenario", engine: Engine, progress: Any) -> "Experiment":
+    """Run a scenario on an engine."""
+    from client.task.device import choose_device  # noqa: PLC0415
+    from client.task.protocol import load_task  # noqa: PLC0415
+    from simulation.experiment import Experiment, client_app  # noqa: PLC0415
+
+    options = scenario.settings.task_options()
+    load_task(options).server_data()  # a missing data set is told before anything is started
+    device = choose_device(scenario.settings.device)
+    experiment = Experiment(scenario, progress.round)
+    app, clients = client_app(scenario), scenario.clients.total
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # progress tells what happens
+    if engine == "ray":
+        from simulation.engines import ray  # noqa: PLC0415
+
+        logging.getLogger("flwr").setLevel(logging.ERROR)
+        ray.run(experiment.play, app, clients, gpu=device.type == "cuda")
+    else:
+        from simulation.engines.inprocess import InProcessGrid  # noqa: PLC0415
+
+        experiment.play(InProcessGrid(app, clients))
+    return experiment
+
+
+def prepare_folder(folder: Path) -> list[Path]:
+    """Make sure that the report can be written; return the folders made, innermost first."""
+    made = []
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        for path in reversed(made):
+            path.rmdir()
+        raise SecateurError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder with --out"
+        ) from error
+    return made[::-1]
+
+
+def write(experiment: "Experiment", engine: str, folder: Path) -> dict[str, Any]:
+    """Write all files; each appears complete or not at all."""
+    from safetensors.torch import save  # noqa: PLC0415
+
+    from simulation.page import render  # noqa: PLC0415
+    from simulation.plots import figures  # noqa: PLC0415
+    from simulation.report import report_of  # noqa: PLC0415
+
+    report = report_of(experiment.outcome, engine)
+    model = experiment.outcome.points["final"].model
+    files = {
+        "report.json": (json.dumps(report, indent=2) + "\n").encode(),
+        "report.html": render(report).encode(),
+        "model.safetensors": save({k: v.contiguous() for k, v in model.items()}),
+        **{f"plots/{name}.svg": svg.encode() for name, svg in figures(report).items()},
+    }
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        part = target.with_name(target.name + ".part")
+        part.write_bytes(content)
+        os.replace(part, target)
+    return report
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

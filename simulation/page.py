@@ -1,0 +1,577 @@
+"""``report.html``: one page that tells a run to someone who has never heard of unlearning.
+
+It holds everything it shows and loads nothing. Names and reasons may come from hostile clients:
+the template escapes every value, and so do the figures.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from simulation.plots import (
+    ATTACKS,
+    Report,
+    attack_measure,
+    clients_of,
+    federation,
+    figures,
+    spans,
+)
+from strategies.detectors.catalogue import DETECTORS
+
+DASH, MINUS, SPACE, TIMES = "\u2013", "\u2212", "\u00a0", "\u00d7"
+WORDS = (
+    *("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve"),
+)
+EFFECTS = {
+    "backdoor_success": "the backdoor worked on {} of the marked inputs",
+    "flip_success": "the model repeated {} of the swapped labels",
+}
+"""Measure of an attack -> what its share means."""
+POINTS = (
+    ("before", "Before", "The model just before anything was forgotten."),
+    ("unlearned", "Unlearned", "The same model right after the last unlearning, not yet repaired."),
+    ("after", "After recovery", "Repaired by ordinary training with the clients that stay."),
+    (
+        "natural",
+        "Only left out",
+        "Comparison: the same rounds without these clients, nothing pruned. What time alone "
+        "forgets.",
+    ),
+    (
+        "retrained",
+        "Retrained",
+        "Comparison: trained from the start without them. The model to aim for.",
+    ),
+    ("final", "End of the run", "The model after the last round."),
+)
+"""Key in the report, name and meaning of every model that was measured."""
+QUESTIONS = (
+    ("utility", "Utility", "Is the model as accurate as one retrained without these clients?"),
+    (
+        "forgetting",
+        "Forgetting",
+        "Is what they taught as weak as in a model that never learned it?",
+    ),
+    ("privacy", "Privacy", "Could someone tell from the model that their data had been used?"),
+    (
+        "hidden_knowledge",
+        "Hidden knowledge",
+        "Would the model relearn it faster than one that never knew it?",
+    ),
+)
+RESULTS = {
+    "pass": "The whole interval lies inside the tolerance.",
+    "fail": "The whole interval lies outside the tolerance.",
+    "inconclusive": "The interval crosses the edge of the tolerance: this run cannot decide.",
+}
+STATUSES = {"active": "active", "quarantined": "in quarantine", "banned": "forgotten, excluded"}
+FIGURES = {
+    "curves": (
+        "Round by round",
+        "Test accuracy is the share of unseen inputs classified correctly. Attack success should "
+        "fall to where a retrained model has it. Forget accuracy is the share of the attackers' "
+        "training examples, poisoned labels included, that the model answers as they taught it. "
+        "Flags do not count during warm-up.",
+    ),
+    "detection": (
+        "Who looked suspicious",
+        "Each row is a client, each column a round; the detector sees updates only, never who "
+        "attacks. Below: the number that decides whether anyone is flagged in a round (filled "
+        "dots: someone was).",
+    ),
+    "pruning": (
+        "What was cut out",
+        "Share of the weights of each layer that unlearning set to zero. Recovery rounds train "
+        "them again without the forgotten clients.",
+    ),
+}
+"""Name of a figure -> its heading and how to read it."""
+
+
+def render(report: Report) -> str:
+    """Return the page as one HTML document that needs no other file."""
+    environment = Environment(
+        loader=PackageLoader("simulation", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "duration": duration,
+        "listed": listed,
+    }
+    facts = Facts.of(report)
+    return environment.get_template("report.html.jinja").render(
+        report=report,
+        facts=facts,
+        story=list(_story(facts)),
+        alerts=list(_alerts(facts)),
+        tiles=list(_tiles(facts)),
+        models=_models(facts),
+        attack_name=ATTACKS.get(facts.attack or ""),
+        unlearnings=[_unlearning(u, facts) for u in report["unlearnings"]],
+        speedup=_speedup(facts),
+        verdicts=[_verdict(key, *text, facts) for key, *text in QUESTIONS],
+        figures=_figures(report),
+        detector=DETECTORS.get(report["settings"].get("detector", "none")),
+        detection=list(_detection(facts)),
+        clients=[_client(name, facts) for name in clients_of(report)],
+        notes=[(r["round"], r["note"]) for r in report["rounds"] if r["note"]],
+        findings=[(r["round"], r["finding"]) for r in report["rounds"] if r["finding"]],
+        settings=list(_flat(report["settings"])),
+        statuses=STATUSES,
+    )
+
+
+# ---------------------------------------------------------------- what happened
+@dataclass(frozen=True)
+class Facts:
+    """What the story, the alerts and the tables are told from."""
+
+    report: Report
+    rounds: Sequence[Mapping[str, Any]]
+    """The federation's."""
+    attack: str | None
+    """Measure of the attack, if one was taken."""
+    malicious: frozenset[str]
+    forgotten: frozenset[str]
+    quarantined: frozenset[str]
+    """Ever excluded, forgotten since or not."""
+    mistaken: frozenset[str]
+    """Honest, and yet forgotten as malicious."""
+    served: Sequence[Mapping[str, Any]]
+    """Unlearnings that were carried out."""
+    refused: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, report: Report) -> "Facts":
+        """Read a report."""
+        rounds = federation(report)
+        malicious = frozenset(report["clients"]["malicious"])
+        served = [u for u in report["unlearnings"] if u["refused"] is None]
+        blamed = {c for u in served if u["cause"] == "malicious" for c in u["clients"]}
+        return cls(
+            report,
+            rounds,
+            attack_measure(report),
+            malicious,
+            frozenset(report["clients"]["forgotten"]),
+            frozenset(client for record in rounds for client in record["quarantined"]),
+            frozenset(blamed - malicious),
+            served,
+            [u for u in report["unlearnings"] if u["refused"] is not None],
+        )
+
+    @property
+    def last_round(self) -> int:
+        """Return the number of the federation's last round."""
+        return max((int(record["round"]) for record in self.rounds), default=0)
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Return who is excluded, but was not forgotten."""
+        return self.quarantined - self.forgotten
+
+    @property
+    def detecting(self) -> bool:
+        """Say whether a detector was on."""
+        return bool(self.report["settings"].get("detector", "none") != "none")
+
+    def share(self, point: str, measure: str | None) -> float | None:
+        """Return a measure at a named point, if it was taken."""
+        found = self.report[point]
+        return found[measure] if found is not None and measure is not None else None
+
+
+def _story(facts: Facts) -> Iterator[str]:
+    yield _opening(facts)
+    before, after = (facts.share(point, facts.attack) for point in ("before", "after"))
+    if before is not None:
+        yield f"Before anything was forgotten, {_effect(facts, before)}."
+    if not facts.served:
+        yield from _nothing_forgotten(facts)
+        return
+    for unlearning in facts.served[:3]:
+        how = "forgotten on request"
+        if unlearning["cause"] == "malicious":
+            how = "judged malicious and forgotten"
+            if facts.malicious.issuperset(unlearning["clients"]):
+                how = "caught and forgotten"
+        verb = "was" if len(unlearning["clients"]) == 1 else "were"
+        yield f"In round {unlearning['round']}, {listed(unlearning['clients'])} {verb} {how}."
+    if len(facts.served) > 3:
+        yield f"{counted(len(facts.served) - 3, 'more unlearning').capitalize()} followed."
+    recovery = facts.served[-1]["recovery_rounds"]
+    later = f"{counted(recovery, 'recovery round').capitalize()} later" if recovery else "Afterwards"
+    retrained = facts.share("retrained", facts.attack)
+    natural = facts.share("natural", facts.attack)
+    if after is not None:
+        text = f"{later} it was {percent(after)}" if before is not None else ""
+        text = text or f"{later}, {_effect(facts, after)}"
+        if retrained is not None:
+            text += f"; in a model retrained from the start without {_whom(facts)}, "
+            text += percent(retrained)
+        if natural is not None:
+            text += f"; had they only been left out, {percent(natural)}"
+        yield text + "."
+    yield from _accuracy(facts)
+
+
+def _opening(facts: Facts) -> str:
+    total, malicious = facts.report["clients"]["total"], sorted(facts.malicious)
+    text = (
+        f"{counted(total, 'client').capitalize()} trained one model for "
+        f"{counted(facts.last_round, 'round')}, each on data that never left it; "
+    )
+    if not malicious:
+        return f"{text}none of them attacked it."
+    who = f"{WORDS[len(malicious)] if len(malicious) < len(WORDS) else len(malicious)} of them"
+    attack = facts.report["settings"].get("attack") or {}
+    if attack.get("kind") == "label-flip":
+        deed = "taught it wrong answers by swapping the labels of easily confused classes"
+    elif attack.get("kind") == "backdoor":
+        deed = f"taught it a backdoor: read any input with a hidden mark as class {attack['target']}"
+    else:
+        deed = "attacked it"
+    return f"{text}{who} ({listed(malicious)}) {deed}."
+
+
+def _nothing_forgotten(facts: Facts) -> Iterator[str]:
+    flags = sum(len(record["flagged"]) for record in facts.rounds)
+    if facts.waiting:
+        verb = "was" if len(facts.waiting) == 1 else "were"
+        yield f"{listed(sorted(facts.waiting))} {verb} excluded, but nobody was forgotten."
+    elif not facts.detecting:
+        yield "No detector was on, and nobody was forgotten."
+    elif facts.malicious:
+        yield "The detector caught none of them, and nobody was forgotten."
+    elif flags:
+        yield (
+            f"The detector raised {counted(flags, 'flag')}, all of them false; none led to an "
+            "exclusion, and nobody was forgotten."
+        )
+    else:
+        yield "The detector accused nobody, and nobody was forgotten."
+    accuracy = facts.share("final", "test_accuracy")
+    effect = facts.share("final", facts.attack)
+    if accuracy is not None:
+        yield f"At the end, the model classified {percent(accuracy)} of the test inputs correctly."
+    if effect is not None:
+        yield f"At the end, {_effect(facts, effect)}."
+
+
+def _accuracy(facts: Facts) -> Iterator[str]:
+    before, after = (facts.share(point, "test_accuracy") for point in ("before", "after"))
+    if before is None or after is None:
+        return
+    text = f"Test accuracy went from {percent(before)} before to {percent(after)} after"
+    retrained = facts.share("retrained", "test_accuracy")
+    if retrained is not None:
+        text += f"; retrained, it is {percent(retrained)}"
+    yield f"{text}."
+    final, end = facts.report["final"], facts.share("final", "test_accuracy")
+    if end is not None and final["round"] != facts.report["after"]["round"]:
+        yield f"At the end of the run, in round {final['round']}, it was {percent(end)}."
+
+
+def _alerts(facts: Facts) -> Iterator[str]:
+    """Yield what went wrong, plainly."""
+    if facts.mistaken:
+        yield (
+            f"{listed(sorted(facts.mistaken))} did nothing wrong and "
+            f"{'was' if len(facts.mistaken) == 1 else 'were'} forgotten by mistake."
+        )
+    missed = facts.malicious - facts.quarantined - facts.forgotten
+    if missed:
+        yield (
+            f"{listed(sorted(missed))} attacked and {'was' if len(missed) == 1 else 'were'} "
+            f"never caught: what {'it' if len(missed) == 1 else 'they'} taught is still in the "
+            "model."
+        )
+    for unlearning in facts.refused:
+        yield (
+            f"In round {unlearning['round']}, forgetting {listed(unlearning['clients'])} was "
+            f"refused: {unlearning['refused']}. What was learned from them is still in the model."
+        )
+    unexplained = facts.waiting - {c for u in facts.refused for c in u["clients"]}
+    if unexplained:
+        yield (
+            f"{listed(sorted(unexplained))} {'is' if len(unexplained) == 1 else 'are'} in "
+            "quarantine and not forgotten: what was learned from them is still in the model."
+        )
+    innocent = facts.waiting - facts.malicious
+    if innocent:
+        yield f"{listed(sorted(innocent))} did nothing wrong and is excluded by mistake."
+    for unlearning in facts.served:
+        if unlearning["recovery_ended_by"] == "cap":
+            yield (
+                f"Recovery from the unlearning in round {unlearning['round']} was stopped at its "
+                f"cap of {counted(unlearning['recovery_rounds'] or 0, 'round')}: validation "
+                "accuracy had not come back to its target."
+            )
+
+
+def _tiles(facts: Facts) -> Iterator[dict[str, str]]:
+    """Yield the numbers to see first."""
+    attack = ATTACKS.get(facts.attack or "", "")
+    for measure, label in ((facts.attack, attack), ("test_accuracy", "Test accuracy")):
+        before, after, retrained, final = (
+            facts.share(point, measure) for point in ("before", "after", "retrained", "final")
+        )
+        if after is not None:
+            yield {
+                "label": label,
+                "from": "" if before is None else percent(before),
+                "value": percent(after),
+                "note": "" if retrained is None else f"retrained: {percent(retrained)}",
+            }
+        elif final is not None:
+            note = "at the end of the run"
+            yield {"label": label, "from": "", "value": percent(final), "note": note}
+    spent = [u["recovery_rounds"] for u in facts.served if u["recovery_rounds"] is not None]
+    if spent:
+        yield {
+            "label": "Recovery",
+            "from": "",
+            "value": counted(sum(spent), "round", spell=False),
+            "note": _ending(facts.served[-1]),
+        }
+    speed = facts.report["speedup"]["rounds"]
+    if speed is not None:
+        yield {
+            "label": "Rounds to retrain",
+            "from": "",
+            "value": f"{speed:.1f}{SPACE}{TIMES}",
+            "note": "as many as recovery took",
+        }
+
+
+# ---------------------------------------------------------------- tables
+def _models(facts: Facts) -> list[dict[str, Any]]:
+    """Return the rows of the table of models, leaving out what cannot exist."""
+    report = facts.report
+    rows = []
+    for key, name, meaning in POINTS:
+        point = report[key]
+        if key == "final":
+            shown = point is not None and (
+                report["after"] is None or point["round"] != report["after"]["round"]
+            )
+        else:
+            shown = bool(facts.served) or point is not None
+        if shown:
+            rows.append({"key": key, "name": name, "meaning": meaning, "point": point})
+    return rows
+
+
+def _unlearning(unlearning: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    sizes = sum(layer["of"] for layer in unlearning["zeroed_by_layer"].values())
+    rounds, bound = unlearning["recovery_rounds"], unlearning["recovery_bound"]
+    if unlearning["refused"] is not None:
+        recovery = ""
+    elif rounds is None:
+        superseded = unlearning is not facts.served[-1]
+        recovery = "cut short by the next unlearning" if superseded else "none was needed"
+    else:
+        recovery = counted(rounds, "round", spell=False)
+        if bound is not None:
+            recovery += f", budget {bound}"
+        recovery += f"; {_ending(unlearning)}"
+    return {
+        "record": unlearning,
+        "recovery": recovery,
+        "share": unlearning["zeroed"] / sizes if sizes else None,
+        "megabytes": f"{unlearning['memory_bytes'] / 1e6:.1f}{SPACE}MB",
+        "settings": ", ".join(f"{k} {v}" for k, v in unlearning["settings"].items()),
+        "mistaken": sorted(facts.mistaken.intersection(unlearning["clients"])),
+    }
+
+
+def _ending(unlearning: Mapping[str, Any]) -> str:
+    """Say what ended the recovery."""
+    target = unlearning["recovery_target"]
+    if unlearning["recovery_ended_by"] == "recovered":
+        reached = "" if target is None else f" of {percent(target)}"
+        return f"validation accuracy reached its target{reached}"
+    return "stopped at the cap" if unlearning["recovery_ended_by"] == "cap" else ""
+
+
+def _speedup(facts: Facts) -> str:
+    """Compare the cost with retraining's, in one sentence."""
+    report = facts.report
+    needed, speed = report["retrain_rounds_needed"], report["speedup"]
+    if not facts.served or report["retrained"] is None:
+        return ""
+    if needed is None:
+        return "Retraining did not come back to the accuracy before, so its cost is not compared."
+    tolerance = report["settings"].get("recovery-tolerance")
+    within = "" if tolerance is None else f"within {100 * tolerance:g} points of "
+    text = f"Retraining came back to {within}the test accuracy before in {counted(needed, 'round')}"
+    if speed["rounds"] is None or speed["seconds"] is None:
+        return f"{text}."
+    return (
+        f"{text}: {speed['rounds']:.1f} times the recovery rounds, and {speed['seconds']:.1f} "
+        "times the seconds that unlearning and recovery took."
+    )
+
+
+def _verdict(key: str, name: str, question: str, facts: Facts) -> dict[str, Any]:
+    verdict = facts.report["verdict"][key]
+    measured = verdict["value"] is not None and verdict["interval"] is not None
+    measure = "Test accuracy"
+    if key == "forgetting":
+        after = facts.report["after"]
+        attack = attack_measure(facts.report, after) if after else None
+        measure = ATTACKS.get(attack or "", "Forget accuracy")
+    return {
+        "name": name,
+        "question": question,
+        "measure": measure,
+        "result": verdict["result"] if measured else "not measured",
+        "meaning": RESULTS[verdict["result"]] if measured else "Not measured in this run.",
+        "numbers": verdict if measured else None,
+        "gauge": _gauge(*verdict["interval"], verdict) if measured else None,
+    }
+
+
+def _gauge(low: float, high: float, verdict: Mapping[str, Any]) -> dict[str, float]:
+    """Return where to draw interval, tolerance and difference, in percent of the width."""
+    tolerance = verdict["tolerance"]
+    difference = verdict["value"] - verdict["baseline"]
+    limit = 1.15 * max(2 * tolerance, *(abs(x) for x in (low, high, difference))) or 1.0
+
+    def place(value: float) -> float:
+        return round(50 + 50 * value / limit, 2)
+
+    return {
+        "low": place(low),
+        "width": round(place(high) - place(low), 2),
+        "left": place(-tolerance),
+        "inside": round(place(tolerance) - place(-tolerance), 2),
+        "difference": place(difference),
+    }
+
+
+def _figures(report: Report) -> list[dict[str, str]]:
+    narrow = figures(report, narrow=True)
+    return [
+        {
+            "name": name,
+            "title": FIGURES[name][0],
+            "caption": FIGURES[name][1],
+            "wide": svg,
+            "narrow": narrow[name],
+        }
+        for name, svg in figures(report).items()
+    ]
+
+
+def _detection(facts: Facts) -> Iterator[str]:
+    """Yield sentences on who was flagged, and what a flag led to."""
+    settings = facts.report["settings"]
+    if not facts.detecting:
+        yield "No detector was on: nobody looked for malicious clients."
+        return
+    yield (
+        f"A client is put in quarantine once {settings['hits']} of the last "
+        f"{settings['window']} rounds that it took part in have flagged it; the first "
+        f"{counted(settings['warm-up'], 'round')} do not count."
+    )
+    honest = sorted(set(facts.report["ever_flagged"]) - facts.malicious)
+    spared = [client for client in honest if client not in facts.quarantined]
+    if spared:
+        yield (
+            f"Flagged, though honest, but not often enough to be excluded: {listed(spared, 8)}."
+        )
+    unseen = sorted(facts.malicious - set(facts.report["ever_flagged"]))
+    if unseen:
+        yield f"Attackers that were never flagged: {listed(unseen, 8)}."
+
+
+def _client(name: str, facts: Facts) -> dict[str, Any]:
+    rejected: dict[str, list[int]] = {}
+    for record in facts.rounds:
+        if name in record["rejected"]:
+            rejected.setdefault(record["rejected"][name], []).append(record["round"])
+    took_part = [r["round"] for r in facts.rounds if name in r["participants"]]
+    return {
+        "name": name,
+        "malicious": name in facts.malicious,
+        "mistaken": name in facts.mistaken or name in facts.waiting - facts.malicious,
+        "status": facts.report["clients"]["roster"].get(name),
+        "rounds": len(took_part),
+        "flagged": ranges(r["round"] for r in facts.rounds if name in r["flagged"]),
+        "flags": sum(name in r["flagged"] for r in facts.rounds),
+        "rejected": [(ranges(numbers), reason) for reason, numbers in rejected.items()],
+        "rejections": sum(map(len, rejected.values())),
+        "capped": ranges(r["round"] for r in facts.rounds if name in r["capped"]),
+        "quarantined": next(
+            ((r["round"], r["quarantined"][name]) for r in facts.rounds if name in r["quarantined"]),
+            None,
+        ),
+    }
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            shown = {None: DASH, True: "yes", False: "no"}.get(value) if value in (None,) else None
+            yield f"{prefix}{key}", shown or str(value)
+
+
+# ---------------------------------------------------------------- words and numbers
+def percent(share: float | None) -> str:
+    """Return a share as a percentage with one decimal, or a dash."""
+    return DASH if share is None else f"{100 * share:.1f}{SPACE}%"
+
+
+def points(difference: float) -> str:
+    """Return a difference of shares in percentage points, with its sign."""
+    text = f"{abs(100 * difference):.1f}"
+    if float(text) == 0:
+        return text
+    return f"{'+' if difference > 0 else MINUS}{text}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds for people."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.1f}{SPACE}ms"
+    return f"{seconds:.1f}{SPACE}s"
+
+
+def counted(number: int, noun: str, *, spell: bool = True) -> str:
+    """Return ``three rounds``; small numbers as words."""
+    shown = WORDS[number] if spell and number < len(WORDS) else str(number)
+    return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return ``a, b and c``; of many, the first ``most`` and how many more."""
+    if len(names) > most:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def ranges(numbers: Iterator[int] | Sequence[int]) -> str:
+    """Return round numbers with runs joined."""
+    return ", ".join(str(a) if a == b else f"{a}{DASH}{b}" for a, b in spans(numbers))
+
+
+def _effect(facts: Facts, share: float) -> str:
+    return EFFECTS[facts.attack or ""].format(percent(share))
+
+
+def _whom(facts: Facts) -> str:
+    if facts.malicious == facts.forgotten:
+        return "them"
+    return "them and the other attackers" if facts.malicious - facts.forgotten else "them"

@@ -1,0 +1,555 @@
+"""The wrapper: transparent when its hooks are off, and the rules it adds when they are on."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, RecordDict
+from flwr.serverapp.strategy import (
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedXgbBagging,
+    Krum,
+)
+
+from strategies import messages
+from strategies.detectors.interface import Finding
+from strategies.directory import by_partition
+from strategies.loop import run_rounds
+from strategies.memory import Need
+from strategies.methods import FedUP, NaturalForgetting, Retrain
+from strategies.rate_limit import RateLimit
+from strategies.records import Phase
+from strategies.roster import Hysteresis
+from strategies.screen import Screen
+from strategies.store import MemoryStore
+from strategies.wrapper import Recovery, Unlearning
+from unlearning.errors import NoLastRoundError, SecateurError
+from unlearning.fedup import fedup
+from unlearning.parameters import prunable_names, weighted_mean
+
+MODEL = {"layer.weight": torch.zeros(4, 3), "layer.bias": torch.zeros(4)}
+
+
+def client(number):
+    return f"client-{number:04d}"
+
+
+class Oracle:
+    """Flags whom a test says, round by round; stands where a detector stands."""
+
+    name = "oracle"
+
+    def __init__(self, flags):
+        self.flags = flags
+        self.forgotten = []
+        self.seen = []
+
+    def inspect(self, number, updates, previous, *, seed):
+        self.seen.append(sorted(updates))
+        flagged = frozenset(c for c in self.flags(number) if c in updates)
+        scores = {c: float(c in flagged) for c in updates}
+        return Finding(scores, flagged, 0.5, "score", {"score": 1.0})
+
+    def forget(self, clients):
+        self.forgotten.append(clients)
+
+
+def noisy(seed=0, attackers=()):
+    """Return a reply: the model moves by noise of the client and round, attackers by more."""
+
+    def reply(partition, number, model):
+        draw = torch.Generator().manual_seed(1000 * number + partition + seed)
+        factor = 3.0 if partition in attackers else 1.0
+        moved = {k: v + factor * torch.randn(v.shape, generator=draw) for k, v in model.items()}
+        return messages.train_reply(moved, {"loss": 1.0}, 10 + partition)
+
+    return reply
+
+
+def fedavg(**more):
+    return FedAvg(fraction_evaluate=0.0, **more)
+
+
+def wrapped(strategy=None, **more):
+    more = {"screen": Screen(), "identify": by_partition, "seed": 3, "deadline_s": 5.0} | more
+    return Unlearning(strategy or fedavg(), **more)
+
+
+def play(federation, grid, rounds, model=MODEL, measure=lambda number, model: {}):
+    records, models = [], []
+
+    def on_round(record, parameters):
+        records.append(record)
+        models.append(parameters)
+
+    run_rounds(federation, grid, model, rounds=rounds, measure=measure, on_round=on_round)
+    return records, models
+
+
+# ---------------------------------------------------------------- transparency
+STRATEGIES = {
+    "FedAvg": fedavg,
+    "FedProx": lambda: FedProx(proximal_mu=0.3, fraction_evaluate=0.0),
+    "Krum": lambda: Krum(num_malicious_nodes=1, fraction_evaluate=0.0),
+    "FedMedian": lambda: FedMedian(fraction_evaluate=0.0),
+    "FedAdam": lambda: FedAdam(fraction_evaluate=0.0),
+    "FedAvgM": lambda: FedAvgM(server_momentum=0.5, fraction_evaluate=0.0),
+}
+
+
+@pytest.mark.parametrize("screen", [None, Screen(weight_cap=100.0)], ids=["off", "screened"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_with_hooks_off_it_is_the_wrapped_strategy(name, screen, scripted_grid):
+    configs = {"wrapped": [], "alone": []}
+
+    def spying(kind):
+        grid = scripted_grid(noisy())
+        send = grid.send_and_receive
+
+        def spy(messages, *, timeout=None):
+            outgoing = list(messages)
+            configs[kind] += [
+                (m.metadata.dst_node_id, dict(m.content.config_records["config"]))
+                for m in outgoing
+                if m.metadata.message_type == "train"
+            ]
+            # Flower aggregates in order of arrival; here that is the order of the clients.
+            return sorted(send(outgoing, timeout=timeout), key=lambda m: m.metadata.src_node_id)
+
+        grid.send_and_receive = spy
+        return grid
+
+    alone = STRATEGIES[name]().start(spying("alone"), messages.record_from(MODEL), num_rounds=3)
+    federation = Unlearning(STRATEGIES[name](), screen=screen, identify=by_partition)
+    result = federation.start(spying("wrapped"), messages.record_from(MODEL), num_rounds=3)
+
+    one, other = (messages.parameters_from(r.arrays) for r in (alone, result))
+    assert all(torch.equal(one[key], other[key]) for key in MODEL)
+    assert sorted(map(str, configs["wrapped"])) == sorted(map(str, configs["alone"]))
+    assert result.train_metrics_clientapp == alone.train_metrics_clientapp
+
+
+def test_our_weighted_mean_is_fedavgs_bit_for_bit(scripted_grid):
+    records, models = play(wrapped(), scripted_grid(noisy()), 1)
+    del records
+    locals_ = [
+        messages.parameters_from(noisy()(n, 1, MODEL).array_records["arrays"]) for n in range(5)
+    ]
+    expected = weighted_mean(locals_, [10 + n for n in range(5)])
+    assert all(torch.equal(models[-1][key], expected[key]) for key in MODEL)
+
+
+def test_integer_buffers_keep_their_dtype(scripted_grid, tiny_model):
+    def reply(partition, number, model):
+        model["norm.num_batches_tracked"] += 4
+        return messages.train_reply(model, {}, 10)
+
+    _, models = play(wrapped(), scripted_grid(reply), 2, tiny_model)
+    assert models[-1]["norm.num_batches_tracked"].dtype == torch.int64
+    assert int(models[-1]["norm.num_batches_tracked"]) == 8
+
+
+def test_replies_in_any_order_give_the_same_model(scripted_grid):
+    results = []
+    for reverse in (False, True):
+        grid = scripted_grid(noisy())
+        pull = grid.pull_messages
+        grid.pull_messages = lambda ids, pull=pull, r=reverse: sorted(
+            pull(ids), key=lambda m: m.metadata.src_node_id, reverse=r
+        )
+        results.append(play(wrapped(), grid, 3)[1][-1])
+    assert all(torch.equal(results[0][key], results[1][key]) for key in MODEL)
+
+
+def test_sampling_follows_the_seed_and_leaves_the_global_generator_alone(scripted_grid):
+    import random
+
+    def asked(seed):
+        federation = wrapped(fedavg(fraction_train=0.4), seed=seed)
+        records, _ = play(federation, scripted_grid(noisy(), 10), 5)
+        return [record.asked for record in records[1:]]
+
+    random.seed(5)
+    state = random.getstate()
+    first = asked(1)
+    assert random.getstate() == state
+    random.seed(6)
+    assert asked(1) == first
+    assert asked(2) != first
+
+
+# ---------------------------------------------------------------- bad clients
+def test_a_round_goes_on_without_a_client_that_raises(scripted_grid):
+    def reply(partition, number, model):
+        if partition == 2:
+            raise RuntimeError("disk on fire")
+        return noisy()(partition, number, model)
+
+    records, _ = play(wrapped(), scripted_grid(reply), 1)
+    assert records[1].participants == tuple(client(n) for n in (0, 1, 3, 4))
+    assert "disk on fire" in records[1].rejected[client(2)]
+
+
+def test_if_everybody_is_bad_the_previous_model_is_kept_and_the_round_says_so(scripted_grid):
+    def reply(partition, number, model):
+        value = math.nan if number == 2 else 1.0
+        return messages.train_reply({k: v + value for k, v in model.items()}, {}, 10)
+
+    federation = wrapped()
+    records, models = play(federation, scripted_grid(reply), 3)
+    assert torch.equal(models[2]["layer.bias"], models[1]["layer.bias"])
+    assert "previous model kept: 0 of 5 clients" in records[2].note
+    assert models[3]["layer.bias"].tolist() == [2.0] * 4
+    assert federation.roster.entry(client(0)).strikes == 1
+
+
+def test_below_the_quorum_the_round_does_not_count(scripted_grid):
+    def reply(partition, number, model):
+        if partition < 3:
+            raise RuntimeError
+        return messages.train_reply({k: v + 1 for k, v in model.items()}, {}, 10)
+
+    records, models = play(wrapped(quorum=0.5), scripted_grid(reply), 1)
+    assert "2 of 5 clients sent a usable reply, 3 are needed" in records[1].note
+    assert torch.equal(models[1]["layer.bias"], MODEL["layer.bias"])
+    _, models = play(wrapped(quorum=0.4), scripted_grid(reply), 1)
+    assert models[1]["layer.bias"].tolist() == [1.0] * 4
+
+
+def test_too_few_clients_end_the_wait_at_the_deadline(scripted_grid):
+    federation = wrapped(fedavg(min_available_nodes=9), deadline_s=0.5)
+    records, _ = play(federation, scripted_grid(noisy()), 1)
+    assert "still waits for clients after 0.5 s and 5 may take part" in records[1].note
+
+
+def test_a_strategy_that_makes_nan_does_not_publish_it(scripted_grid):
+    class Diverging(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            return messages.record_from(
+                {k: v * math.inf for k, v in messages.parameters_from(arrays).items()}
+            ), metrics
+
+    records, models = play(wrapped(Diverging(fraction_evaluate=0.0)), scripted_grid(noisy()), 1)
+    assert "Diverging made an unusable model" in records[1].note
+    assert torch.equal(models[1]["layer.bias"], MODEL["layer.bias"])
+
+
+def test_error_replies_made_by_the_superlink_are_attributed_to_the_client_asked(scripted_grid):
+    def reply(partition, number, model):
+        if partition == 4:
+            raise RuntimeError("gone")
+        return noisy()(partition, number, model)
+
+    grid = scripted_grid(reply)
+    pull = grid.pull_messages
+
+    def pull_with_wrong_source(ids):
+        replies = pull(ids)
+        for message in replies:
+            if message.has_error():
+                message.metadata.__dict__["_src_node_id"] = 1
+        return replies
+
+    grid.pull_messages = pull_with_wrong_source
+    records, _ = play(wrapped(), grid, 1)
+    assert list(records[1].rejected) == [client(4)]
+
+
+# ---------------------------------------------------------------- detection and quarantine
+def test_a_client_is_quarantined_at_once_and_seen_no_more(scripted_grid):
+    oracle = Oracle(lambda number: [client(4)] if number in (2, 3) else [])
+    federation = wrapped(detector=oracle, hysteresis=Hysteresis(hits=2, window=3))
+    records, models = play(federation, scripted_grid(noisy()), 5)
+    assert client(4) in records[2].participants  # one flag is noise
+    assert client(4) not in records[3].participants
+    assert records[3].quarantined == {client(4): "flagged in 2 of its last 3 rounds"}
+    assert all(client(4) not in record.asked for record in records[4:])
+    # Round 3 is the average of the others alone.
+    locals_ = [
+        messages.parameters_from(noisy()(n, 3, models[2]).array_records["arrays"]) for n in range(4)
+    ]
+    expected = weighted_mean(locals_, [10, 11, 12, 13])
+    assert all(torch.equal(models[3][key], expected[key]) for key in MODEL)
+
+
+def test_flags_in_the_warm_up_do_not_count(scripted_grid):
+    oracle = Oracle(lambda number: [client(4)])
+    federation = wrapped(detector=oracle, hysteresis=Hysteresis(hits=2, window=3, warm_up=3))
+    records, _ = play(federation, scripted_grid(noisy()), 5)
+    assert [record.number for record in records if record.quarantined] == [5]
+
+
+def test_a_detector_that_fails_stops_the_run(scripted_grid):
+    def broken(number):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        play(wrapped(detector=Oracle(broken)), scripted_grid(noisy()), 1)
+
+
+def test_trust_without_screening_is_refused():
+    with pytest.raises(SecateurError, match="replies must be screened"):
+        Unlearning(fedavg(), detector=Oracle(lambda number: []))
+    with pytest.raises(SecateurError, match="exchanges trees"):
+        Unlearning(FedXgbBagging())
+
+
+# ---------------------------------------------------------------- unlearning
+def forgetting(flags, *, limit=10, strategy=None, method=None, **more):
+    oracle = Oracle(flags)
+    return wrapped(
+        strategy,
+        detector=oracle,
+        hysteresis=Hysteresis(hits=1, window=1),
+        method=method or FedUP(rate=0.5),
+        rate_limit=RateLimit(rounds=limit),
+        recovery=Recovery(cap=2),
+        **more,
+    )
+
+
+def test_one_detection_is_fedup_of_its_round(scripted_grid):
+    attackers = [client(3), client(4)]
+    federation = forgetting(lambda number: attackers if number == 2 else [])
+    records, models = play(federation, scripted_grid(noisy()), 2)
+
+    locals_ = {
+        client(n): messages.parameters_from(noisy()(n, 2, models[1]).array_records["arrays"])
+        for n in range(5)
+    }
+    retained = weighted_mean([locals_[client(n)] for n in range(3)], [10, 11, 12])
+    expected, masks = fedup(
+        locals_, models[1], set(attackers), 0.5, retained=retained, names=prunable_names(MODEL)
+    )
+    assert all(torch.equal(models[2][key], expected[key]) for key in MODEL)
+    done = records[2].unlearning
+    assert done.clients == tuple(attackers)
+    assert done.zeroed == {"layer.weight": int(masks["layer.weight"].sum())} == {"layer.weight": 6}
+    assert records[2].phase is Phase.UNLEARN
+    assert done.memory_bytes == (4 * 3 + 4) * 4 * 6  # five models and the one they started from
+
+
+def test_detections_that_must_wait_are_served_together(scripted_grid):
+    flags = {1: [client(9)], 3: [client(8)], 5: [client(7)]}
+    federation = forgetting(lambda number: flags.get(number, []), limit=6)
+    records, _ = play(federation, scripted_grid(noisy(), 10), 5)
+    served = [(r.number, r.unlearning.clients) for r in records if r.unlearning]
+    assert served == [(1, (client(9),)), (7, (client(7), client(8)))]
+    assert [r.quarantined for r in records if r.quarantined] == [
+        {c: "flagged in 1 of its last 1 rounds"} for c in (client(9), client(8), client(7))
+    ]
+    # The loop went on past round 5 until everybody had been served and the model recovered.
+    assert [str(r.phase) for r in records[6:]] == ["train", "unlearn", "recover", "recover"]
+
+
+@pytest.mark.parametrize("limit", [1, 10])
+def test_rate_limit_over_a_hundred_rounds(limit, scripted_grid):
+    # 30 of 80 clients get themselves caught, one every three rounds.
+    caught = {3 * n + 1: client(n) for n in range(30)}
+    federation = forgetting(
+        lambda number: [caught[number]] if number in caught else [], limit=limit
+    )
+    records, _ = play(federation, scripted_grid(noisy(), 80), 100)
+    unlearnings = [r.unlearning for r in records if r.unlearning]
+    assert len(unlearnings) <= math.ceil(100 / limit)
+    assert limit > 1 or len(unlearnings) == 30
+    served = [c for unlearning in unlearnings for c in unlearning.clients]
+    assert sorted(served) == sorted(caught.values())
+    for record in records:
+        gone = {caught[n] for n in caught if n <= record.number}
+        assert not gone & set(record.participants)
+    gaps = [b.number - a.number for a, b in itertools.pairwise(unlearnings)]
+    assert all(gap >= limit for gap in gaps)
+
+
+def test_without_an_honest_majority_nothing_is_pruned_and_quarantine_stays(scripted_grid):
+    flags = {1: [client(0)], 2: [client(1)], 3: [client(2)]}
+    federation = forgetting(lambda number: flags.get(number, []), limit=1)
+    federation.last_unlearning = 0
+    federation.rate_limit = RateLimit(rounds=3)
+    records, models = play(federation, scripted_grid(noisy()), 3)
+    refused = records[3].unlearning.refused
+    assert "3 of 5 participants are to be forgotten, but at most 2" in refused
+    assert federation.roster.statuses()[client(0)] == "quarantined"
+    assert bool((models[3]["layer.weight"] != 0).all())
+
+
+def test_a_request_without_its_last_round_is_refused_before_anything_changes(scripted_grid):
+    federation = forgetting(lambda number: [])
+    with pytest.raises(NoLastRoundError, match="was not remembered"):
+        federation.forget([client(1)], "privacy", MODEL)
+    assert not federation.busy
+    assert federation.roster.may_take_part(client(1))
+
+
+def test_a_request_is_served_like_a_detection(scripted_grid):
+    federation = forgetting(lambda number: [])
+    grid = scripted_grid(noisy())
+    _, models = play(federation, grid, 1)
+    federation.forget([client(1)], "privacy", models[-1])
+    records, _ = play(federation, grid, 1)
+    assert records[1].unlearning.clients == (client(1),)
+    assert records[1].unlearning.cause == "privacy"
+    assert client(1) not in records[1].asked
+
+
+def test_what_a_strategy_remembers_of_the_forgotten_is_reset(scripted_grid):
+    federation = forgetting(
+        lambda number: [client(4)] if number == 3 else [],
+        strategy=FedAvgM(server_momentum=0.9, fraction_evaluate=0.0),
+    )
+    play(federation, scripted_grid(noisy()), 3)
+    fresh = FedAvgM(server_momentum=0.9, fraction_evaluate=0.0)
+    # Two recovery rounds later only they are in the momentum, as after two rounds of a new run.
+    assert federation.memory.last.locals_.keys() == {client(n) for n in range(4)}
+    assert type(federation.strategy) is type(fresh)
+    assert federation.strategy is not federation._fresh
+
+
+def test_the_detector_and_the_memory_forget_too(scripted_grid):
+    federation = forgetting(lambda number: [client(4)] if number == 1 else [])
+    grid = scripted_grid(noisy())
+    run_rounds(federation, grid, MODEL, rounds=1)
+    assert federation.detector.forgotten == [frozenset({client(4)})]
+    assert federation.roster.statuses()[client(4)] == "banned"
+    assert client(4) not in federation.memory.last.locals_
+
+
+def test_memory_holds_only_what_the_method_needs(scripted_grid):
+    for method, held in ((NaturalForgetting(), 0), (Retrain(), 64), (FedUP(rate=0.1), 6 * 64)):
+        federation = forgetting(lambda number: [], method=method)
+        play(federation, scripted_grid(noisy()), 2)
+        assert federation.memory.bytes_held() == held  # (4 * 3 + 4) floats a model
+        assert (federation.memory.last is not None) == (Need.LAST in method.needs)
+
+
+def test_a_likely_false_positive_is_warned_of(scripted_grid):
+    def crowd(partition, number, model):
+        value = [1.0, 2.0, 3.0, 4.0, 2.5][partition]
+        return messages.train_reply({k: v + value for k, v in model.items()}, {}, 10)
+
+    model = {k: v + 1 for k, v in MODEL.items()}
+    federation = forgetting(lambda number: [client(4)] if number == 1 else [])
+    records, _ = play(federation, scripted_grid(crowd), 1, model)
+    assert any("likely_false_positive: client-0004" in w for w in records[1].unlearning.warnings)
+
+
+# ---------------------------------------------------------------- recovery
+def accuracies(curve):
+    return lambda number, model: {"validation_accuracy": curve.get(number)}
+
+
+def test_recovery_ends_when_validation_accuracy_is_back(scripted_grid):
+    federation = forgetting(lambda number: [client(4)] if number == 4 else [])
+    federation.recovery = Recovery(tolerance=0.02, cap=9)
+    curve = {1: 0.5, 2: 0.88, 3: 0.9, 4: 0.3, 5: 0.8, 6: 0.87999, 7: 0.88, 8: 0.9}
+    records, _ = play(federation, scripted_grid(noisy()), 4, measure=accuracies(curve))
+    done = records[4].unlearning
+    assert (done.recovery_rounds, done.recovery_ended_by) == (3, "recovered")
+    # R* = 2 (first round at .88 or better), rate .5: the bound is 1, and 3 is over it.
+    assert done.recovery_bound == 1
+    assert any("more than FedUP's bound of 1" in warning for warning in done.warnings)
+
+
+def test_recovery_ends_at_its_cap(scripted_grid):
+    federation = forgetting(lambda number: [client(4)] if number == 2 else [])
+    curve = {1: 0.9, **dict.fromkeys(range(2, 9), 0.1)}
+    records, _ = play(federation, scripted_grid(noisy()), 2, measure=accuracies(curve))
+    assert records[2].unlearning.recovery_ended_by == "cap"
+    assert records[2].unlearning.recovery_rounds == 2
+    assert len(records) == 5
+
+
+def test_without_server_data_the_clients_own_accuracy_counts(scripted_grid):
+    federation = forgetting(
+        lambda number: [client(4)] if number == 2 else [],
+        strategy=FedAvg(fraction_evaluate=1.0),
+    )
+    grid = scripted_grid(noisy(), 5, dict.fromkeys(range(5), 0.75))
+    records, _ = play(federation, grid, 2)
+    assert records[1].measures == {"validation_accuracy": pytest.approx(0.75)}
+    assert records[2].unlearning.recovery_ended_by == "recovered"
+    assert records[2].unlearning.recovery_rounds == 1
+
+
+# ---------------------------------------------------------------- plans that ask clients
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_retraining_without_anybody_missing_is_the_original_run_bit_for_bit(name, scripted_grid):
+    from unlearning.plan import carry_out
+    from unlearning.retraining import retrain
+
+    federation = wrapped(STRATEGIES[name]())
+    grid = scripted_grid(noisy())
+    _, models = play(federation, grid, 4)
+    rounds = federation.plan_rounds(grid, ConfigRecord())
+    clients = tuple(client(n) for n in range(5))
+    again = carry_out(retrain(MODEL, clients, 4, aggregate=rounds.aggregate), rounds.ask)
+    assert all(torch.equal(again[key], models[-1][key]) for key in MODEL)
+
+
+def test_retrain_as_a_method_forgets_exactly(scripted_grid):
+    federation = forgetting(lambda number: [client(4)] if number == 3 else [], method=Retrain())
+    _, models = play(federation, scripted_grid(noisy()), 3)
+
+    def without(partition, number, model):
+        if partition == 4:
+            raise RuntimeError("never took part")
+        return noisy()(partition, number, model)
+
+    _, expected = play(wrapped(), scripted_grid(without), 3)
+    assert all(torch.equal(models[-1][key], expected[-1][key]) for key in MODEL)
+
+
+def test_other_actions_reach_the_clients_named(scripted_grid):
+    from unlearning.plan import Ask
+
+    federation = wrapped()
+    grid = scripted_grid(noisy(), 5, {1: 0.25, 3: 0.75})
+    rounds = federation.plan_rounds(grid, ConfigRecord())
+    ask = Ask("evaluate", to=(client(1), client(3)), arrays=MODEL, config={"round": 1})
+    answers = rounds.ask(ask)
+    assert {a.client: a.metrics["accuracy"] for a in answers} == {client(1): 0.25, client(3): 0.75}
+
+
+# ---------------------------------------------------------------- store
+def test_every_round_is_committed_before_the_next_begins(scripted_grid):
+    events = []
+
+    @dataclasses.dataclass
+    class Recording(MemoryStore):
+        def commit(self, record, model, roster):
+            events.append(("commit", record.number))
+            super().commit(record, model, roster)
+
+    def reply(partition, number, model):
+        if partition == 0:
+            events.append(("train", number))
+        return noisy()(partition, number, model)
+
+    store = Recording()
+    play(wrapped(store=store), scripted_grid(reply), 3)
+    assert events == [(kind, n) for n in (1, 2, 3) for kind in ("train", "commit")]
+    assert [record.number for record in store.rounds] == [1, 2, 3]
+
+
+def test_replies_are_not_written_to(scripted_grid):
+    sent = {}
+
+    def reply(partition, number, model):
+        content = noisy()(partition, number, model)
+        sent[partition] = content
+        return content
+
+    grid = scripted_grid(reply)
+    play(wrapped(screen=Screen(weight_cap=1.0)), grid, 1)
+    for partition, content in sent.items():
+        assert isinstance(content, RecordDict)
+        assert content.metric_records["metrics"]["num-examples"] == 10 + partition
+        assert set(content.array_records["arrays"]) == set(MODEL)

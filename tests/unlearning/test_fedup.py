@@ -1,0 +1,212 @@
+"""FedUP against its definition: arXiv:2508.13853, Algorithm 1 and eq. 3-6."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unlearning import fedup
+from unlearning.errors import BenignMajorityError, ParametersError
+from unlearning.parameters import mean, top_count, weighted_mean
+
+# dis = (m - b)^2 = (0, 1, .01, 4, .04); score = dis |w_prev| = (0, 1.5, .04, .4, .2)
+M = torch.tensor([[1, -2, 0.5, 3, 0]])
+B = torch.tensor([[1, -1, 0.4, 1, 0.2]])
+PREVIOUS = torch.tensor([[2, -1.5, -4, 0.1, 5]])
+NAMES = ("w.weight",)
+
+
+def named(tensor):
+    return {"w.weight": tensor}
+
+
+def random_round(seed, participants=5, shape=(4, 3)):
+    """Return locals, previous model and retained average of a round; clients 0 and 1 flagged."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def model():
+        return {
+            "conv.weight": torch.randn(2, 1, *shape, generator=draw),
+            "conv.bias": torch.randn(2, generator=draw),
+            "head.weight": torch.randn(*shape, generator=draw),
+            "norm.running_mean": torch.randn(3, generator=draw),
+        }
+
+    locals_ = {f"c{n}": model() for n in range(participants)}
+    retained = weighted_mean([locals_[f"c{n}"] for n in range(2, participants)], [1, 2, 3])
+    return locals_, model(), retained
+
+
+NAMES_OF_ROUND = ("conv.weight", "head.weight")
+
+
+@pytest.mark.parametrize(
+    ("rate", "zeroed"), [(0.0, []), (0.2, [1]), (0.4, [1, 3]), (0.5, [1, 3, 4]), (1, [1, 2, 3, 4])]
+)
+def test_scores_and_ranks_by_hand(rate, zeroed):
+    dis = fedup.disagreement(named(M), named(B), NAMES)
+    torch.testing.assert_close(dis["w.weight"], torch.tensor([[0, 1, 0.01, 4, 0.04]]))
+    mask = fedup.conflict_mask(dis, named(PREVIOUS), rate)["w.weight"]
+    # At rate 1 entry 0 stays: the groups agree on it, which is no evidence of conflict.
+    assert torch.nonzero(mask.reshape(-1)).reshape(-1).tolist() == zeroed
+
+
+@given(seed=st.integers(0, 50), rate=st.floats(0, 1))
+def test_each_tensor_loses_exactly_its_share(seed, rate):
+    locals_, previous, retained = random_round(seed)
+    pruned, masks = fedup.fedup(
+        locals_, previous, {"c0", "c1"}, rate, retained=retained, names=NAMES_OF_ROUND
+    )
+    dis = fedup.disagreement(mean([locals_["c0"], locals_["c1"]]), retained, NAMES_OF_ROUND)
+    for name in NAMES_OF_ROUND:
+        nonzero = int((dis[name] * previous[name].abs() > 0).sum())
+        assert int(masks[name].sum()) == min(top_count(previous[name].numel(), rate), nonzero)
+        assert bool((pruned[name][masks[name]] == 0).all())
+        assert torch.equal(pruned[name][~masks[name]], retained[name][~masks[name]])
+
+
+def test_biases_and_buffers_are_the_retained_average():
+    locals_, previous, retained = random_round(1)
+    pruned, _ = fedup.fedup(locals_, previous, {"c0"}, 1.0, retained=retained, names=NAMES_OF_ROUND)
+    assert torch.equal(pruned["conv.bias"], retained["conv.bias"])
+    assert torch.equal(pruned["norm.running_mean"], retained["norm.running_mean"])
+
+
+def test_rate_zero_is_the_retained_average_bit_for_bit():
+    locals_, previous, retained = random_round(2)
+    pruned, masks = fedup.fedup(
+        locals_, previous, {"c0"}, 0.0, retained=retained, names=NAMES_OF_ROUND
+    )
+    assert all(torch.equal(pruned[name], retained[name]) for name in retained)
+    assert not any(bool(mask.any()) for mask in masks.values())
+
+
+def test_groups_that_agree_lose_nothing():
+    dis = fedup.disagreement(named(B), named(B), NAMES)
+    mask = fedup.conflict_mask(dis, named(PREVIOUS), 1.0)["w.weight"]
+    assert not bool(mask.any())
+
+
+def test_nobody_flagged_gives_the_average_and_an_empty_mask():
+    locals_, previous, retained = random_round(3)
+    pruned, masks = fedup.fedup(
+        locals_, previous, set(), 0.5, retained=retained, names=NAMES_OF_ROUND
+    )
+    assert all(torch.equal(pruned[name], retained[name]) for name in retained)
+    assert not any(bool(mask.any()) for mask in masks.values())
+
+
+@given(seed=st.integers(0, 30))
+def test_swapping_the_groups_leaves_the_mask(seed):
+    locals_, previous, _ = random_round(seed)
+    a, b = locals_["c0"], locals_["c1"]
+    one = fedup.conflict_mask(fedup.disagreement(a, b, NAMES_OF_ROUND), previous, 0.3)
+    other = fedup.conflict_mask(fedup.disagreement(b, a, NAMES_OF_ROUND), previous, 0.3)
+    assert all(torch.equal(one[name], other[name]) for name in NAMES_OF_ROUND)
+
+
+@pytest.mark.parametrize("factor", [0.25, 8.0, -1.0])
+def test_scaling_or_negating_every_model_leaves_the_mask(factor):
+    # The score scales by |c|^3; a power of two scales floats exactly. A signed score would choose
+    # other weights when every model is negated.
+    locals_, previous, retained = random_round(4)
+
+    def scaled(model):
+        return {name: tensor * factor for name, tensor in model.items()}
+
+    flagged = mean([locals_["c0"], locals_["c1"]])
+    one = fedup.conflict_mask(fedup.disagreement(flagged, retained, NAMES_OF_ROUND), previous, 0.3)
+    other = fedup.conflict_mask(
+        fedup.disagreement(scaled(flagged), scaled(retained), NAMES_OF_ROUND), scaled(previous), 0.3
+    )
+    assert all(torch.equal(one[name], other[name]) for name in NAMES_OF_ROUND)
+
+
+def test_order_of_clients_and_flags_does_not_matter():
+    locals_, previous, retained = random_round(5)
+    results = [
+        fedup.fedup(
+            {client: locals_[client] for client in order},
+            previous,
+            flags,
+            0.2,
+            retained=retained,
+            names=NAMES_OF_ROUND,
+        )[0]
+        for order in (sorted(locals_), sorted(locals_, reverse=True))
+        for flags in (["c0", "c1"], ["c1", "c0"])
+    ]
+    for one, other in itertools.pairwise(results):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("participants", "most"), [(5, 2), (10, 4), (20, 9)])
+def test_an_honest_majority_must_remain(participants, most):
+    fedup.check_majority(most, participants)
+    with pytest.raises(BenignMajorityError, match=f"at most {most}"):
+        fedup.check_majority(most + 1, participants)
+
+
+def test_an_unknown_client_is_refused():
+    locals_, previous, retained = random_round(6)
+    with pytest.raises(ParametersError, match="no model of stranger"):
+        fedup.fedup(locals_, previous, {"stranger"}, 0.1, retained=retained, names=NAMES_OF_ROUND)
+
+
+def test_inputs_are_left_untouched():
+    locals_, previous, retained = random_round(7)
+    copies = [
+        {name: tensor.clone() for name, tensor in model.items()}
+        for model in (*locals_.values(), previous, retained)
+    ]
+    fedup.fedup(locals_, previous, {"c0"}, 0.5, retained=retained, names=NAMES_OF_ROUND)
+    for model, copy in zip((*locals_.values(), previous, retained), copies, strict=True):
+        assert all(torch.equal(model[name], copy[name]) for name in model)
+
+
+def test_events_of_several_rounds_count_by_their_largest_disagreement():
+    one, two = named(torch.tensor([[1.0, 0.0]])), named(torch.tensor([[0.5, 2.0]]))
+    assert fedup.largest_disagreement([one, two])["w.weight"].tolist() == [[1.0, 2.0]]
+    assert torch.equal(fedup.largest_disagreement([one])["w.weight"], one["w.weight"])
+
+
+# ---------------------------------------------------------------- adaptive rate
+@pytest.mark.parametrize(
+    ("sim", "rate"),
+    # z = (SIM - .5) / .5; P = .14 z^5 + .01: .78^5 = .288717 -> .050420; .98^5 = .903921 -> .136549
+    [(0.89, 0.050420), (0.99, 0.136549), (0.5, 0.01), (1.0, 0.15), (0.2, 0.01), (-1.0, 0.01)],
+)
+def test_adaptive_rate_by_hand(sim, rate):
+    assert fedup.adaptive_rate(sim) == pytest.approx(rate, abs=1e-6)
+
+
+@given(a=st.floats(-1, 1), b=st.floats(-1, 1))
+def test_adaptive_rate_grows_with_similarity(a, b):
+    low, high = sorted((a, b))
+    assert fedup.adaptive_rate(low) <= fedup.adaptive_rate(high)
+
+
+def test_similarity_is_the_mean_cosine_over_pairs():
+    # cos(x, y) = 0, cos(x, x + y) = cos(y, x + y) = 1 / sqrt(2); mean = sqrt(2) / 3
+    vectors = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0]), torch.tensor([2.0, 2.0])]
+    assert fedup.similarity(vectors) == pytest.approx(2**0.5 / 3)
+
+
+def test_similarity_with_a_zero_vector_is_zero_and_of_one_client_undefined():
+    assert fedup.similarity([torch.zeros(2), torch.ones(2)]) == 0.0
+    assert fedup.similarity([torch.ones(2)]) is None
+
+
+# ---------------------------------------------------------------- false positives
+def test_conflict_percentile_tells_an_outlier_from_one_of_the_crowd():
+    # Scores with |w_prev| = 1: the crowd sits at -.1, 0, .1 around its mean 0. Left out, each is
+    # compared to the mean of the other two (.05, 0, -.05): distances .15, 0, .15.
+    # The outlier at 5 lies above all; one at .01 above the middle one only.
+    previous = named(torch.ones(1, 1))
+    crowd = {c: named(torch.tensor([[v]])) for c, v in {"a": -0.1, "b": 0.0, "c": 0.1}.items()}
+    flagged = {"far": named(torch.tensor([[5.0]])), "near": named(torch.tensor([[0.01]]))}
+    found = fedup.conflict_percentiles({**crowd, **flagged}, previous, ["far", "near"], NAMES)
+    assert found["far"] == 1.0
+    assert found["near"] == pytest.approx(1 / 3)
