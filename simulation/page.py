@@ -4,7 +4,7 @@ It holds everything it shows and loads nothing. Names and reasons may come from 
 the template escapes every value, and so do the figures.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ WORDS = (
     *("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("eleven", "twelve"),
 )
+MOST_CLIENTS = 20
+"""Of more clients, the table leaves out those about whom there is nothing to tell."""
 EFFECTS = {
     "backdoor_success": "the backdoor worked on {} of the marked inputs",
     "flip_success": "the model repeated {} of the swapped labels",
@@ -108,6 +110,8 @@ def render(report: Report) -> str:
         "listed": listed,
     }
     facts = Facts.of(report)
+    clients = [_client(name, facts) for name in clients_of(report)]
+    told = [c for c in clients if c["remarkable"] or len(clients) <= MOST_CLIENTS]
     return environment.get_template("report.html.jinja").render(
         report=report,
         facts=facts,
@@ -118,13 +122,14 @@ def render(report: Report) -> str:
         attack_name=ATTACKS.get(facts.attack or ""),
         unlearnings=[_unlearning(u, facts) for u in report["unlearnings"]],
         speedup=_speedup(facts),
-        verdicts=[_verdict(key, *text, facts) for key, *text in QUESTIONS],
+        verdicts=[_verdict(facts, *question) for question in QUESTIONS],
         figures=_figures(report),
         detector=DETECTORS.get(report["settings"].get("detector", "none")),
         detection=list(_detection(facts)),
-        clients=[_client(name, facts) for name in clients_of(report)],
-        notes=[(r["round"], r["note"]) for r in report["rounds"] if r["note"]],
-        findings=[(r["round"], r["finding"]) for r in report["rounds"] if r["finding"]],
+        clients=told,
+        uneventful=[c for c in clients if c not in told],
+        notes=[(r["round"], r["note"]) for r in facts.rounds if r["note"]],
+        findings=[(r["round"], r["finding"]) for r in facts.rounds if r["finding"]],
         settings=list(_flat(report["settings"])),
         statuses=STATUSES,
     )
@@ -177,7 +182,19 @@ class Facts:
     @property
     def waiting(self) -> frozenset[str]:
         """Return who is excluded, but was not forgotten."""
-        return self.quarantined - self.forgotten
+        roster = self.report["clients"]["roster"]
+        return frozenset(client for client, status in roster.items() if status == "quarantined")
+
+    @property
+    def barred(self) -> frozenset[str]:
+        """Return who is excluded without having attacked or asked for it."""
+        asked = {
+            client
+            for unlearning in self.report["unlearnings"]
+            if unlearning["cause"] != "malicious"
+            for client in unlearning["clients"]
+        }
+        return self.waiting - self.malicious - asked
 
     @property
     def detecting(self) -> bool:
@@ -209,7 +226,9 @@ def _story(facts: Facts) -> Iterator[str]:
     if len(facts.served) > 3:
         yield f"{counted(len(facts.served) - 3, 'more unlearning').capitalize()} followed."
     recovery = facts.served[-1]["recovery_rounds"]
-    later = f"{counted(recovery, 'recovery round').capitalize()} later" if recovery else "Afterwards"
+    later = (
+        f"{counted(recovery, 'recovery round').capitalize()} later" if recovery else "Afterwards"
+    )
     retrained = facts.share("retrained", facts.attack)
     natural = facts.share("natural", facts.attack)
     if after is not None:
@@ -227,8 +246,8 @@ def _story(facts: Facts) -> Iterator[str]:
 def _opening(facts: Facts) -> str:
     total, malicious = facts.report["clients"]["total"], sorted(facts.malicious)
     text = (
-        f"{counted(total, 'client').capitalize()} trained one model for "
-        f"{counted(facts.last_round, 'round')}, each on data that never left it; "
+        f"{counted(total, 'client').capitalize()} trained one model together for "
+        f"{counted(facts.last_round, 'round')}, each on its own data; "
     )
     if not malicious:
         return f"{text}none of them attacked it."
@@ -237,7 +256,8 @@ def _opening(facts: Facts) -> str:
     if attack.get("kind") == "label-flip":
         deed = "taught it wrong answers by swapping the labels of easily confused classes"
     elif attack.get("kind") == "backdoor":
-        deed = f"taught it a backdoor: read any input with a hidden mark as class {attack['target']}"
+        target = attack["target"]
+        deed = f"taught it a backdoor: to read any input with a hidden mark as class {target}"
     else:
         deed = "attacked it"
     return f"{text}{who} ({listed(malicious)}) {deed}."
@@ -284,31 +304,31 @@ def _accuracy(facts: Facts) -> Iterator[str]:
 def _alerts(facts: Facts) -> Iterator[str]:
     """Yield what went wrong, plainly."""
     if facts.mistaken:
-        yield (
-            f"{listed(sorted(facts.mistaken))} did nothing wrong and "
-            f"{'was' if len(facts.mistaken) == 1 else 'were'} forgotten by mistake."
-        )
+        was = "was" if len(facts.mistaken) == 1 else "were"
+        yield f"{listed(sorted(facts.mistaken))} did nothing wrong and {was} forgotten by mistake."
     missed = facts.malicious - facts.quarantined - facts.forgotten
     if missed:
+        was = "was" if len(missed) == 1 else "were"
         yield (
-            f"{listed(sorted(missed))} attacked and {'was' if len(missed) == 1 else 'were'} "
-            f"never caught: what {'it' if len(missed) == 1 else 'they'} taught is still in the "
-            "model."
+            f"{listed(sorted(missed))} attacked and {was} never caught: what was learned from "
+            "them is still in the model."
         )
     for unlearning in facts.refused:
-        yield (
-            f"In round {unlearning['round']}, forgetting {listed(unlearning['clients'])} was "
-            f"refused: {unlearning['refused']}. What was learned from them is still in the model."
-        )
+        text = f"In round {unlearning['round']}, forgetting {listed(unlearning['clients'])} was "
+        text += f"refused: {unlearning['refused']}."
+        if not facts.forgotten.issuperset(unlearning["clients"]):
+            text += " What was learned from them is still in the model."
+        yield text
     unexplained = facts.waiting - {c for u in facts.refused for c in u["clients"]}
     if unexplained:
+        verb = "is" if len(unexplained) == 1 else "are"
         yield (
-            f"{listed(sorted(unexplained))} {'is' if len(unexplained) == 1 else 'are'} in "
-            "quarantine and not forgotten: what was learned from them is still in the model."
+            f"{listed(sorted(unexplained))} {verb} in quarantine and not forgotten: what was "
+            "learned from them is still in the model."
         )
-    innocent = facts.waiting - facts.malicious
-    if innocent:
-        yield f"{listed(sorted(innocent))} did nothing wrong and is excluded by mistake."
+    if facts.barred:
+        verb = "is" if len(facts.barred) == 1 else "are"
+        yield f"{listed(sorted(facts.barred))} did nothing wrong and {verb} excluded by mistake."
     for unlearning in facts.served:
         if unlearning["recovery_ended_by"] == "cap":
             yield (
@@ -346,10 +366,10 @@ def _tiles(facts: Facts) -> Iterator[dict[str, str]]:
     speed = facts.report["speedup"]["rounds"]
     if speed is not None:
         yield {
-            "label": "Rounds to retrain",
+            "label": "Retraining instead",
             "from": "",
             "value": f"{speed:.1f}{SPACE}{TIMES}",
-            "note": "as many as recovery took",
+            "note": "the rounds that recovery took",
         }
 
 
@@ -422,7 +442,7 @@ def _speedup(facts: Facts) -> str:
     )
 
 
-def _verdict(key: str, name: str, question: str, facts: Facts) -> dict[str, Any]:
+def _verdict(facts: Facts, key: str, name: str, question: str) -> dict[str, Any]:
     verdict = facts.report["verdict"][key]
     measured = verdict["value"] is not None and verdict["interval"] is not None
     measure = "Test accuracy"
@@ -435,14 +455,15 @@ def _verdict(key: str, name: str, question: str, facts: Facts) -> dict[str, Any]
         "question": question,
         "measure": measure,
         "result": verdict["result"] if measured else "not measured",
-        "meaning": RESULTS[verdict["result"]] if measured else "Not measured in this run.",
+        "meaning": RESULTS[verdict["result"]] if measured else "",
         "numbers": verdict if measured else None,
-        "gauge": _gauge(*verdict["interval"], verdict) if measured else None,
+        "gauge": _gauge(verdict) if measured else None,
     }
 
 
-def _gauge(low: float, high: float, verdict: Mapping[str, Any]) -> dict[str, float]:
+def _gauge(verdict: Mapping[str, Any]) -> dict[str, float]:
     """Return where to draw interval, tolerance and difference, in percent of the width."""
+    low, high = verdict["interval"]
     tolerance = verdict["tolerance"]
     difference = verdict["value"] - verdict["baseline"]
     limit = 1.15 * max(2 * tolerance, *(abs(x) for x in (low, high, difference))) or 1.0
@@ -487,33 +508,39 @@ def _detection(facts: Facts) -> Iterator[str]:
     honest = sorted(set(facts.report["ever_flagged"]) - facts.malicious)
     spared = [client for client in honest if client not in facts.quarantined]
     if spared:
-        yield (
-            f"Flagged, though honest, but not often enough to be excluded: {listed(spared, 8)}."
-        )
+        yield (f"Flagged, though honest, but not often enough to be excluded: {listed(spared, 8)}.")
     unseen = sorted(facts.malicious - set(facts.report["ever_flagged"]))
     if unseen:
         yield f"Attackers that were never flagged: {listed(unseen, 8)}."
 
 
 def _client(name: str, facts: Facts) -> dict[str, Any]:
+    status = facts.report["clients"]["roster"].get(name)
+    flagged = [r["round"] for r in facts.rounds if name in r["flagged"]]
+    capped = [r["round"] for r in facts.rounds if name in r["capped"]]
     rejected: dict[str, list[int]] = {}
     for record in facts.rounds:
         if name in record["rejected"]:
             rejected.setdefault(record["rejected"][name], []).append(record["round"])
-    took_part = [r["round"] for r in facts.rounds if name in r["participants"]]
     return {
         "name": name,
         "malicious": name in facts.malicious,
-        "mistaken": name in facts.mistaken or name in facts.waiting - facts.malicious,
-        "status": facts.report["clients"]["roster"].get(name),
-        "rounds": len(took_part),
-        "flagged": ranges(r["round"] for r in facts.rounds if name in r["flagged"]),
-        "flags": sum(name in r["flagged"] for r in facts.rounds),
+        "mistaken": name in facts.mistaken | facts.barred,
+        "status": status,
+        "rounds": sum(name in record["participants"] for record in facts.rounds),
+        "flagged": ranges(flagged),
         "rejected": [(ranges(numbers), reason) for reason, numbers in rejected.items()],
         "rejections": sum(map(len, rejected.values())),
-        "capped": ranges(r["round"] for r in facts.rounds if name in r["capped"]),
+        "capped": ranges(capped),
+        "remarkable": bool(
+            flagged or capped or rejected or name in facts.malicious or status != "active"
+        ),
         "quarantined": next(
-            ((r["round"], r["quarantined"][name]) for r in facts.rounds if name in r["quarantined"]),
+            (
+                (r["round"], r["quarantined"][name])
+                for r in facts.rounds
+                if name in r["quarantined"]
+            ),
             None,
         ),
     }
@@ -524,8 +551,15 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            shown = {None: DASH, True: "yes", False: "no"}.get(value) if value in (None,) else None
-            yield f"{prefix}{key}", shown or str(value)
+            yield f"{prefix}{key}", _shown(value)
+
+
+def _shown(value: Any) -> str:
+    if value is None or value in ("", [], ()):
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 # ---------------------------------------------------------------- words and numbers
@@ -562,7 +596,7 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def ranges(numbers: Iterator[int] | Sequence[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """Return round numbers with runs joined."""
     return ", ".join(str(a) if a == b else f"{a}{DASH}{b}" for a, b in spans(numbers))
 

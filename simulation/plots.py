@@ -356,7 +356,9 @@ def _heat_map(
     if report["clients"]["malicious"]:
         handles.append(Line2D([], [], linestyle="", label="* attacker"))
     handles.append(Patch(**NO_SCORE, label="No score"))
-    _legend(figure, handles, columns=2 if narrow else 4)
+    if _warm_up(report):
+        handles.append(Patch(color=WARM, label="Warm-up"))
+    _legend(figure, handles, columns=2 if narrow else 5)
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=30, fraction=0.04, shrink=0.9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=7)
