@@ -74,16 +74,12 @@ STATUSES = {"active": "active", "quarantined": "in quarantine", "banned": "forgo
 FIGURES = {
     "curves": (
         "Round by round",
-        "Test accuracy is the share of unseen inputs classified correctly. Attack success should "
-        "fall to where a retrained model has it. Forget accuracy is the share of the attackers' "
-        "training examples, poisoned labels included, that the model answers as they taught it. "
-        "Flags do not count during warm-up.",
+        "Test accuracy is the share of unseen inputs classified correctly.",
     ),
     "detection": (
         "Who looked suspicious",
         "Each row is a client, each column a round; the detector sees updates only, never who "
-        "attacks. Below: the number that decides whether anyone is flagged in a round (filled "
-        "dots: someone was).",
+        "attacks.",
     ),
     "pruning": (
         "What was cut out",
@@ -111,6 +107,7 @@ def render(report: Report) -> str:
     }
     facts = Facts.of(report)
     clients = [_client(name, facts) for name in clients_of(report)]
+    models, measures = _models(facts), _measures(facts)
     told = [c for c in clients if c["remarkable"] or len(clients) <= MOST_CLIENTS]
     return environment.get_template("report.html.jinja").render(
         report=report,
@@ -118,12 +115,13 @@ def render(report: Report) -> str:
         story=list(_story(facts)),
         alerts=list(_alerts(facts)),
         tiles=list(_tiles(facts)),
-        models=_models(facts),
-        attack_name=ATTACKS.get(facts.attack or ""),
+        models=models,
+        measures=measures,
+        dashes=any(m["point"] is None or None in map(m["point"].get, measures) for m in models),
         unlearnings=[_unlearning(u, facts) for u in report["unlearnings"]],
         speedup=_speedup(facts),
         verdicts=[_verdict(facts, *question) for question in QUESTIONS],
-        figures=_figures(report),
+        figures=_figures(facts),
         detector=DETECTORS.get(report["settings"].get("detector", "none")),
         detection=list(_detection(facts)),
         clients=told,
@@ -391,6 +389,16 @@ def _models(facts: Facts) -> list[dict[str, Any]]:
     return rows
 
 
+def _measures(facts: Facts) -> dict[str, str]:
+    """Return measure -> name, for the columns of the table of models."""
+    found = {"test_accuracy": "Test accuracy"}
+    if facts.attack is not None:
+        found[facts.attack] = ATTACKS[facts.attack]
+    if any(record["forget_accuracy"] is not None for record in facts.rounds):
+        found["forget_accuracy"] = "Forget accuracy"
+    return found
+
+
 def _unlearning(unlearning: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     sizes = sum(layer["of"] for layer in unlearning["zeroed_by_layer"].values())
     rounds, bound = unlearning["recovery_rounds"], unlearning["recovery_bound"]
@@ -480,18 +488,42 @@ def _gauge(verdict: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _figures(report: Report) -> list[dict[str, str]]:
-    narrow = figures(report, narrow=True)
+def _figures(facts: Facts) -> list[dict[str, str]]:
+    narrow = figures(facts.report, narrow=True)
     return [
         {
             "name": name,
             "title": FIGURES[name][0],
-            "caption": FIGURES[name][1],
+            "caption": " ".join([FIGURES[name][1], *_reading(name, facts)]),
             "wide": svg,
             "narrow": narrow[name],
         }
-        for name, svg in figures(report).items()
+        for name, svg in figures(facts.report).items()
     ]
+
+
+def _reading(name: str, facts: Facts) -> Iterator[str]:
+    """Yield how to read those parts of a figure that not every run has."""
+    if name == "detection" and any(record["evidence"] for record in facts.rounds):
+        yield (
+            "Below: the number that decides whether anyone is flagged in a round; filled dots "
+            "are rounds in which someone was."
+        )
+    if name != "curves":
+        return
+    if facts.attack is not None:
+        yield f"{ATTACKS[facts.attack]} should fall to where it is in a retrained model."
+    if "forget_accuracy" in _measures(facts):
+        yield (
+            "Forget accuracy is the share of the attackers' training examples, poisoned labels "
+            "included, that the model answers as they taught it."
+        )
+    if facts.attack is not None and facts.report["natural_rounds"]:
+        yield "Dotted: the attack without any unlearning, had its clients merely stayed away."
+    if facts.share("retrained", facts.attack) is not None:
+        yield "Dash-dotted: the attack on the retrained model."
+    if facts.detecting:
+        yield "Flags do not count during warm-up."
 
 
 def _detection(facts: Facts) -> Iterator[str]:

@@ -220,7 +220,8 @@ def _measure_lines(
     def of_every_round(measure: str) -> list[tuple[int, float | None]]:
         return [(record["round"], record[measure]) for record in records]
 
-    solid: dict[str, Any] = {"linewidth": 2.0, "markersize": 3, "zorder": 3}
+    size = 3 if len(records) <= 40 else 0
+    solid: dict[str, Any] = {"linewidth": 2.0, "markersize": size, "zorder": 3}
     line(of_every_round("test_accuracy"), "Test accuracy", color=BLUE, marker="o", **solid)
     attack = attack_measure(report)
     if attack is not None:
@@ -359,7 +360,7 @@ def _heat_map(
     if _warm_up(report):
         handles.append(Patch(color=WARM, label="Warm-up"))
     _legend(figure, handles, columns=2 if narrow else 5)
-    bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=30, fraction=0.04, shrink=0.9)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=max(10, 3 * len(rows)), shrink=0.9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=7)
     bar.locator = MaxNLocator(4)

@@ -283,7 +283,15 @@ def page_of(case: str) -> str:
     return render(CASES[case]())
 
 
+@cache
+def figures_of(case: str) -> dict[str, str]:
+    return figures(CASES[case]())
+
+
 # ---------------------------------------------------------------- reading pages
+INLINE = "data:image/png;base64,"
+
+
 class Reader(HTMLParser):
     """Checks nesting; collects text, ids and attributes."""
 
@@ -347,7 +355,7 @@ def test_page_loads_nothing(case: str) -> None:
     assert not [name for _, name, _ in reader.attributes if name.startswith("on")]
     assert not list(reader.values("src"))
     for name in ("href", "xlink:href"):
-        assert all(value.startswith("#") for value in reader.values(name))
+        assert all(value.startswith(("#", INLINE)) for value in reader.values(name))
     assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", page)
     assert "@import" not in page
     without_namespaces = re.sub(r'xmlns(:\w+)?="http://www\.w3\.org/[\w/]+"', "", page)
@@ -360,7 +368,8 @@ def test_ids_are_unique_and_references_lead_somewhere(case: str) -> None:
     reader = Reader(page)
 
     ids = list(reader.values("id"))
-    references = {value[1:] for name in ("href", "xlink:href") for value in reader.values(name)}
+    targets = [*reader.values("href"), *reader.values("xlink:href")]
+    references = {target[1:] for target in targets if not target.startswith(INLINE)}
     references |= set(re.findall(r"url\(#([\w-]+)\)", page))
 
     assert len(ids) == len(set(ids))
@@ -422,7 +431,7 @@ def test_verdicts_give_numbers_and_say_what_was_not_measured() -> None:
     assert "+10.7 points, 95 % interval +5.0 to +16.0" in text
     assert "The whole interval lies inside the tolerance." in text
     assert "The whole interval lies outside the tolerance." in text
-    assert text.count("not measured") == 3  # privacy, hidden knowledge, meaning of a dash
+    assert text.count("not measured") == 2  # privacy and hidden knowledge
 
 
 def test_run_without_attackers() -> None:
@@ -430,9 +439,10 @@ def test_run_without_attackers() -> None:
 
     assert "none of them attacked it." in text
     assert "The detector accused nobody, and nobody was forgotten." in text
-    assert "classified 70.0 %" not in text
     assert "the model classified 60.2 % of the test inputs correctly" in text
-    assert "attacker *" not in text
+    assert "* attacker" not in text
+    assert 'class="chip attacker"' not in page_of("clean")
+    assert "Forget accuracy" not in text
     assert "Verdict" not in text
     assert "Attention" not in text
 
@@ -479,6 +489,7 @@ def test_what_was_not_measured_is_a_dash() -> None:
     text = text_of("nulls")
 
     assert "No detector was on" in text
+    assert "A dash means: not measured." in text
     assert "0.0 %" not in text
     assert "None" not in text
 
@@ -494,20 +505,25 @@ def test_hostile_text_is_shown_as_text() -> None:
 
 # ---------------------------------------------------------------- figures
 def test_figures_without_anything_to_show_are_left_out() -> None:
-    assert list(figures(caught())) == ["curves", "detection", "pruning"]
-    assert list(figures(clean())) == ["curves", "detection"]
-    assert list(figures(nulls())) == []
+    assert list(figures_of("caught")) == ["curves", "detection", "pruning"]
+    assert list(figures_of("clean")) == ["curves", "detection"]
+    assert list(figures_of("nulls")) == []
 
 
 def test_figures_are_complete_files_of_their_own() -> None:
-    for svg in figures(caught()).values():
+    for svg in figures_of("caught").values():
         assert svg.startswith("<svg")
         assert 'xmlns="http://www.w3.org/2000/svg"' in svg
 
 
 def test_threshold_is_drawn_where_it_is_known() -> None:
-    assert "against its threshold 0.3" in figures(caught())["detection"]
-    assert "against its threshold" not in figures(clean())["detection"]
+    assert "against its threshold 0.3" in figures_of("caught")["detection"]
+    assert "against its threshold" not in figures_of("clean")["detection"]
+
+    report = clean()
+    report["rounds"][1] |= {"decided_by": "cohesion_gap", "threshold": 0.25}
+
+    assert "against its threshold 0.25" in figures(report)["detection"]
 
 
 def test_of_many_clients_the_suspects_are_drawn() -> None:

@@ -1,0 +1,166 @@
+"""The command line: exit codes, one-line errors, and nothing half-written left behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from server.cli import COMMANDS, main
+
+QUICK = ["--engine", "inprocess", "--set", "rounds=4", "--set", "warm-up=1", "--set", "clients.total=6",
+         "--set", "clients.malicious=2", "--set", "local-epochs=1", "--set", "examples=400"]  # fmt: skip
+
+
+def call(capsys, *arguments):
+    """Run the command in this process; return exit code, stdout, stderr."""
+    with pytest.raises(SystemExit) as done:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return done.value.code, captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_command_has_help(capsys):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    for name, (_, text) in COMMANDS.items():
+        assert name in out
+        assert text[:30] in out
+        code, own, _ = call(capsys, name, "--help")
+        assert code == 0
+        assert name in own
+
+
+def test_help_and_errors_load_no_experiments():
+    code = (
+        "import sys\nfrom server.cli import main\ntry:\n    main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'ray', 'flwr', 'simulation'} & set(sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True)
+
+
+def test_where_experiments_are_not_installed_it_says_so(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "simulation", None)
+    monkeypatch.delitem(sys.modules, "simulation.commands", raising=False)
+    code, _, err = call(capsys, "demo")
+    assert code == 1
+    assert err == (
+        "secateur: 'demo' runs experiments, and they are not installed here; install Secateur "
+        "from its source tree\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["scenarios", "attacks", "methods", "detectors"])
+def test_lists_are_tables_and_json(command, capsys):
+    code, out, _ = call(capsys, command, "--json")
+    assert code == 0
+    rows = json.loads(out)
+    code, table, _ = call(capsys, command)
+    assert code == 0
+    assert rows
+    assert all(row["name"].split("-")[0] in table for row in rows)
+
+
+BAD = {
+    "unknown scenario": (["run", "nosuch"], 2, "there is no scenario 'nosuch'; choose one of"),
+    "missing file": (["run", "nosuch.toml"], 2, "there is no scenario file nosuch.toml"),
+    "unknown key": (["run", "demo", "--set", "lerning-rate=1"], 2, "unknown key 'settings.lerning-rate'"),
+    "unknown table": (["run", "demo", "--set", "atack.share=1"], 2, "atack.share names no table"),
+    "no value": (["run", "demo", "--set", "rounds"], 2, "--set takes KEY=VALUE, got 'rounds'"),
+    "seed": (["run", "demo", "--seed", "x"], 2, "'x' is not a valid int"),
+    "negative seed": (["run", "demo", "--seed", "-1"], 2, "-1 is not in the range"),
+    "zero clients": (["run", "demo", "--set", "clients.total=0"], 2, "clients.total = 0"),
+    "too many attackers": (["run", "demo", "--set", "clients.malicious=5"], 2, "strict minority: at most 4"),
+    "rate": (["run", "demo", "--set", "pruning-rate=1.5"], 2, "pruning-rate = 1.5 is outside [0, 1]"),
+    "share": (["run", "demo", "--set", "attack.share=2"], 2, "attack.share = 2"),
+    "no such task": (["run", "demo", "--set", "task=nosuch"], 1, "there is no task 'nosuch'"),
+    "no such module": (["run", "demo", "--set", "task=nosuch.module:task"], 1, "cannot be loaded"),
+    "model": (["run", "demo", "--set", "model=vgg"], 1, "there is no model 'vgg'; known are"),
+    "no data": (["run", "fashion-backdoor", "--data-dir", "empty"], 1, "give its folder with --data-dir"),
+    "device": (["run", "demo", "--device", "tpu"], 2, "'tpu' is not one of"),
+    "no cuda": (["run", "demo", "--set", "device=cuda:99"], 1, "device 'cuda:99' is not available here"),
+    "engine": (["run", "demo", "--engine", "abacus"], 2, "'abacus' is not one of"),
+    "trigger on a table": (["run", "demo", "--engine", "inprocess", "--set", "task=breast-cancer", "--set", "model="], 1, "needs images of at least 3 x 3"),
+    "unknown command": (["prune"], 2, "No such command 'prune'"),
+    "folder": (["run", "demo", "--out", "file/inside"], 1, "cannot write to file/inside"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(kind, capsys, tmp_path):
+    arguments, expected, message = BAD[kind]
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    code, out, err = call(capsys, *arguments)
+    last = err.splitlines()[-1]
+    assert code == expected
+    assert last.startswith("secateur: ")
+    assert message in last
+    assert "Traceback" not in err
+    assert out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_all_faults_of_a_scenario_are_told_at_once(capsys, tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'summary = "mine"\ncolour = 1\n[clients]\ntotal = "many"\n[settings]\nrounds = 0\n',
+        encoding="utf-8",
+    )
+    code, _, err = call(capsys, "run", "mine.toml")
+    assert code == 2
+    for fault in ("unknown key 'colour'", "clients.total = 'many'", "settings.rounds = 0"):
+        assert fault in err
+
+
+def test_a_task_that_lacks_a_part_is_told_which(capsys, tmp_path, monkeypatch):
+    (tmp_path / "halfatask.py").write_text(
+        "class Task:\n    def build_model(self): ...\n    def loss(self, outputs, targets): ...\n\n"
+        "def make(options):\n    return Task()\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = call(capsys, "run", "demo", "--set", "task=halfatask:make")
+    assert code == 1
+    assert "task 'halfatask:make' lacks client_data, server_data, metrics" in err
+
+
+def test_a_run_writes_every_file_and_prints_its_report(capsys, tmp_path):
+    code, out, err = call(capsys, "run", "demo", *QUICK, "--out", "here", "--json", "--seed", "5")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report == json.loads((tmp_path / "here/report.json").read_text(encoding="utf-8"))
+    assert report["seed"] == 5
+    assert "<html" in (tmp_path / "here/report.html").read_text(encoding="utf-8")
+    model = safetensors.torch.load_file(tmp_path / "here/model.safetensors")
+    assert model
+    assert list((tmp_path / "here/plots").glob("*.svg"))
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_run_without_json_ends_with_a_summary(capsys, tmp_path):
+    code, out, err = call(capsys, "run", "demo", *QUICK)
+    assert code == 0, err
+    assert "report: " in out
+    assert "test accuracy" in out
+    assert (tmp_path / "runs/demo-seed0/report.json").exists()
+
+
+def test_an_interrupted_run_leaves_no_folder(capsys, tmp_path, monkeypatch):
+    from simulation.engines import inprocess
+
+    def interrupt(self, messages, *, timeout=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inprocess.InProcessGrid, "send_and_receive", interrupt)
+    code, _, err = call(capsys, "run", "demo", *QUICK, "--out", "new/folder")
+    assert code == 130
+    assert "interrupted" in err
+    assert not (tmp_path / "new").exists()
