@@ -33,6 +33,8 @@ EFFECTS = {
     "flip_success": "the model repeated {} of the swapped labels",
 }
 """Measure of an attack -> what its share means."""
+MEASURED = {"test_accuracy": "Test accuracy", "forget_accuracy": "Forget accuracy", **ATTACKS}
+"""Measure behind a verdict -> its name."""
 POINTS = (
     ("before", "Before", "The model just before anything was forgotten."),
     ("unlearned", "Unlearned", "The same model right after the last unlearning, not yet repaired."),
@@ -99,12 +101,7 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {
-        "percent": percent,
-        "points": points,
-        "duration": duration,
-        "listed": listed,
-    }
+    environment.filters |= {"percent": percent, "points": points, "duration": duration}
     facts = Facts.of(report)
     clients = [_client(name, facts) for name in clients_of(report)]
     models, measures = _models(facts), _measures(facts)
@@ -453,15 +450,10 @@ def _speedup(facts: Facts) -> str:
 def _verdict(facts: Facts, key: str, name: str, question: str) -> dict[str, Any]:
     verdict = facts.report["verdict"][key]
     measured = verdict["value"] is not None and verdict["interval"] is not None
-    measure = "Test accuracy"
-    if key == "forgetting":
-        after = facts.report["after"]
-        attack = attack_measure(facts.report, after) if after else None
-        measure = ATTACKS.get(attack or "", "Forget accuracy")
     return {
         "name": name,
         "question": question,
-        "measure": measure,
+        "measure": MEASURED.get(verdict["measure"] or "", ""),
         "result": verdict["result"] if measured else "not measured",
         "meaning": RESULTS[verdict["result"]] if measured else "",
         "numbers": verdict if measured else None,
@@ -547,7 +539,8 @@ def _detection(facts: Facts) -> Iterator[str]:
 
 
 def _client(name: str, facts: Facts) -> dict[str, Any]:
-    status = facts.report["clients"]["roster"].get(name)
+    # The roster need not list who was never suspected.
+    status = facts.report["clients"]["roster"].get(name, "active")
     flagged = [r["round"] for r in facts.rounds if name in r["flagged"]]
     capped = [r["round"] for r in facts.rounds if name in r["capped"]]
     rejected: dict[str, list[int]] = {}

@@ -43,6 +43,7 @@ def report_of(outcome: Outcome, engine: str) -> dict[str, Any]:
             "total": scenario.clients.total,
             "malicious": list(outcome.malicious),
             "forgotten": list(outcome.forgotten),
+            "left_out_of_baselines": sorted({*outcome.forgotten, *outcome.malicious}),
             "roster": dict(outcome.roster),
         },
         "rounds": [_round(r) for r in [*outcome.rounds, *outcome.retrain_rounds]],
@@ -58,7 +59,10 @@ def report_of(outcome: Outcome, engine: str) -> dict[str, Any]:
         },
         "retrain_rounds_needed": outcome.retrain_rounds_needed,
         "speedup": _speedup(outcome),
-        "verdict": {name: asdict(verdict) for name, verdict in _verdicts(outcome).items()},
+        "verdict": {
+            question: {"measure": measure, **asdict(verdict)}
+            for question, (measure, verdict) in _verdicts(outcome).items()
+        },
     }
 
 
@@ -102,6 +106,8 @@ def _round(record: RoundRecord) -> dict[str, Any]:
         "scores": dict(sorted(finding.scores.items())) if finding else {},
         "flagged": sorted(finding.flagged) if finding else [],
         "evidence": dict(finding.evidence) if finding else {},
+        "threshold": finding.threshold if finding else None,
+        "decided_by": finding.decided_by if finding else "",
         "finding": finding.note if finding else "",
         "seconds": record.seconds,
     }
@@ -167,16 +173,21 @@ def _speedup(outcome: Outcome) -> dict[str, float | None]:
     return {"rounds": needed / recovery, "seconds": retraining / spent}
 
 
-def _verdicts(outcome: Outcome) -> dict[str, Verdict]:
-    """Return the four questions; privacy and hidden knowledge are not measured here."""
-    verdicts = dict.fromkeys(("utility", "forgetting", "privacy", "hidden_knowledge"), NOT_MEASURED)
+def _verdicts(outcome: Outcome) -> dict[str, tuple[str | None, Verdict]]:
+    """Return the measure and the answer of the four questions.
+
+    Privacy and hidden knowledge are not measured here.
+    """
+    verdicts: dict[str, tuple[str | None, Verdict]] = dict.fromkeys(
+        ("utility", "forgetting", "privacy", "hidden_knowledge"), (None, NOT_MEASURED)
+    )
     after, retrained = outcome.hits.get("after", {}), outcome.hits.get("retrained", {})
     for question, measures, tolerance in (
         ("utility", (TEST,), UTILITY_TOLERANCE),
         ("forgetting", (BACKDOOR, FLIP, FORGET), FORGETTING_TOLERANCE),
     ):
-        for measure in measures:
-            if measure in after and measure in retrained:
-                verdicts[question] = equivalence(after[measure], retrained[measure], tolerance)
-                break
+        taken = [name for name in measures if name in after and name in retrained]
+        if taken:
+            verdict = equivalence(after[taken[0]], retrained[taken[0]], tolerance)
+            verdicts[question] = (taken[0], verdict)
     return verdicts

@@ -69,7 +69,7 @@ DETECTORS: dict[str, DetectorEntry] = {
         summary="Updates that do not follow from the client's own earlier ones.",
         catches="Boosted updates and model replacement, also by a single client.",
         limits=(
-            "Silent for the first 10 rounds; remembers the last 11 of them. Mistakes honest "
+            "Silent for the first 10 rounds; remembers the last 11. Also flags honest "
             "updates that are much larger or noisier than the others', and tells less where "
             "clients are sampled. Needs 5 clients with history. The threshold is the quotient of "
             "the suspects' and the others' mean scores."

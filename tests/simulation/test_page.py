@@ -80,7 +80,13 @@ def an_unlearning(number: int, clients: list[str], **changes: Any) -> dict[str, 
     }
 
 
-NOTHING = {"result": "inconclusive", "value": None, "baseline": None, "tolerance": None}
+NOTHING = {
+    "measure": None,
+    "result": "inconclusive",
+    "value": None,
+    "baseline": None,
+    "tolerance": None,
+}
 NOTHING |= {"interval": None}
 
 
@@ -150,6 +156,7 @@ def caught() -> dict[str, Any]:
         "speedup": {"rounds": 1.5, "seconds": 1.25},
         "verdict": {
             "utility": {
+                "measure": "test_accuracy",
                 "result": "pass",
                 "value": 0.602,
                 "baseline": 0.613,
@@ -157,6 +164,7 @@ def caught() -> dict[str, Any]:
                 "interval": [-0.019, 0.004],
             },
             "forgetting": {
+                "measure": "backdoor_success",
                 "result": "fail",
                 "value": 0.11,
                 "baseline": 0.003,
@@ -501,6 +509,16 @@ def test_hostile_text_is_shown_as_text() -> None:
     assert "<img" not in page
     assert escape(HOSTILE[:30], quote=False).split("(")[0] in page
     assert f"error 3: {HOSTILE}" in "".join(Reader(page).texts)
+
+
+def test_of_many_clients_the_uneventful_are_folded_away() -> None:
+    report = nulls()
+    report["rounds"][1]["participants"] = [*CLIENTS, *(f"extra-{n:02}" for n in range(20))]
+
+    text = Reader(render(report)).text
+
+    assert "24 more clients, honest, active, never flagged" in text
+    assert "extra-19: 1 round in the model" in text
 
 
 # ---------------------------------------------------------------- figures

@@ -1,0 +1,256 @@
+"""Tasks: the protocol, the built-in ones, partitions, and local training."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from client.task import models
+from client.task.classification import held_out
+from client.task.device import choose_device
+from client.task.evaluation import batches, evaluate, load_state, state_of
+from client.task.partition import partition_indices
+from client.task.protocol import PARTS, ServerData, Split, Task, TaskError, TaskOptions, load_task
+from client.train import train
+from strategies.messages import LocalTraining
+from unlearning.errors import SecateurError
+
+CPU = torch.device("cpu")
+
+
+def labels(count=600, classes=6):
+    return torch.arange(count) % classes
+
+
+# ---------------------------------------------------------------- finding a task
+@pytest.mark.parametrize("name", ["digits", "breast-cancer"])
+def test_embedded_tasks_are_complete_and_their_parts_are_disjoint(name):
+    task = load_task(TaskOptions(task=name))
+    assert isinstance(task, Task)
+    rows = []
+    for partition in range(5):
+        split = task.client_data(partition, 5)
+        rows += [split.train.tensors[0], split.test.tensors[0]]
+    data = task.server_data()
+    rows += [data.validation.tensors[0], data.test.tensors[0]]
+    together = torch.cat(rows).flatten(1)
+    assert len(together) == {"digits": 1797, "breast-cancer": 569}[name]
+    # scikit-learn's digits hold no duplicates, nor does the other: every row appears once.
+    assert len(torch.unique(together, dim=0)) == len(together)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nosuch", "there is no task 'nosuch'; built in are digits"),
+        ("nosuch:task", "cannot be loaded"),
+        ("client.task.models:nosuch", "cannot be loaded"),
+        ("client.task.models:MODELS", "is a dict; it must be callable"),
+        ("builtins:dict", f"lacks {', '.join(PARTS)}"),
+    ],
+)
+def test_a_task_that_cannot_be_used_is_refused_by_name(reference, message):
+    with pytest.raises(TaskError, match=message):
+        load_task(TaskOptions(task=reference))
+
+
+class Line(Dataset):
+    """y = 2 x, as a data set that is no TensorDataset."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError
+        return torch.tensor([index / 20.0]), torch.tensor([index / 10.0])
+
+
+class Regression:
+    """A task without classes, images or accuracy."""
+
+    def build_model(self):
+        return nn.Linear(1, 1)
+
+    def client_data(self, partition, partitions):
+        return Split(Line(), Line())
+
+    def server_data(self):
+        return ServerData()
+
+    def loss(self, outputs, targets):
+        return (outputs - targets).square().mean()
+
+    def metrics(self, outputs, targets):
+        return {}
+
+
+def test_a_task_of_ones_own_needs_neither_images_nor_classes():
+    task, settings = Regression(), LocalTraining(local_epochs=60, batch_size=5, learning_rate=0.5)
+    model = task.build_model()
+    metrics = train(task, model, Line(), settings, device=CPU, purpose=(1, 0))
+    assert metrics["loss"] < 1e-3
+    assert float(model.weight) == pytest.approx(2, abs=0.1)
+    assert evaluate(task, model, Line(), device=CPU).keys() == {"loss"}
+
+
+# ---------------------------------------------------------------- partitions
+@pytest.mark.parametrize(("scheme", "alpha"), [("iid", 1.0), ("dirichlet", 0.3)])
+def test_partitions_hold_every_row_once_and_follow_the_seed(scheme, alpha):
+    def parts(seed):
+        return partition_indices(labels(), 5, scheme=scheme, alpha=alpha, seed=seed)
+
+    first = parts(1)
+    assert torch.equal(torch.cat(first).sort().values, torch.arange(600))
+    assert all(torch.equal(a, b) for a, b in zip(first, parts(1), strict=True))
+    assert not all(
+        len(a) == len(b) and torch.equal(a, b) for a, b in zip(first, parts(2), strict=True)
+    )
+
+
+def test_a_small_alpha_makes_clients_differ():
+    def largest_share(alpha):
+        parts = partition_indices(labels(), 5, scheme="dirichlet", alpha=alpha, seed=3)
+        shares = [labels()[part].bincount(minlength=6).max() / len(part) for part in parts]
+        return max(float(share) for share in shares)
+
+    assert largest_share(0.1) > 0.5 > largest_share(1000.0)
+
+
+def test_iid_parts_are_alike_in_size_and_classes():
+    for part in partition_indices(labels(), 5, scheme="iid", alpha=1.0, seed=0):
+        assert len(part) == 120
+        assert labels()[part].bincount(minlength=6).min() > 8  # 20 expected of each class
+
+
+def test_too_many_clients_for_the_data_are_refused():
+    with pytest.raises(TaskError, match="600 training examples are too few for 100 clients"):
+        partition_indices(labels(), 100, scheme="iid", alpha=1.0, seed=0)
+
+
+def test_held_out_data_do_not_depend_on_the_seed_and_are_balanced():
+    inputs = torch.randn(600, 2)
+    kept, out = held_out(inputs, labels(), share=0.2, purpose="test")
+    assert labels()[out].bincount().tolist() == [20] * 6
+    assert torch.equal(torch.cat([kept, out]).sort().values, torch.arange(600))
+    again = held_out(inputs, labels(), share=0.2, purpose="test")
+    assert torch.equal(out, again[1])
+
+
+# ---------------------------------------------------------------- models
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("mlp", (1, 8, 8)), ("cnn", (1, 8, 8)), ("lenet", (1, 28, 28)), ("lenet", (3, 32, 32)),
+     ("resnet18", (3, 32, 32)), ("mlp", (30,))],
+)  # fmt: skip
+def test_models_give_one_output_per_class_and_keep_constants_out_of_their_state(name, shape):
+    channels = shape[0] if len(shape) == 3 else shape[0]
+    model = models.build(name, shape, 7, mean=[0.5] * channels, deviation=[2.0] * channels)
+    assert model.eval()(torch.rand(2, *shape)).shape == (2, 7)
+    assert not [key for key in model.state_dict() if key.startswith("0.")]
+
+
+def test_resnet_has_a_stem_for_small_images():
+    model = models.resnet((3, 32, 32), 10)
+    assert model.conv1.kernel_size == (3, 3)
+    assert model.conv1.stride == (1, 1)
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962
+
+
+def test_an_unknown_model_or_one_for_images_is_refused():
+    with pytest.raises(TaskError, match="there is no model 'vgg'"):
+        models.build("vgg", (1, 8, 8), 10, mean=[0], deviation=[1])
+    with pytest.raises(TaskError, match="needs images"):
+        models.build("cnn", (30,), 2, mean=[0.0] * 30, deviation=[1.0] * 30)
+
+
+def test_prunable_layers_are_linear_and_convolutional():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Embedding(3, 4), nn.Linear(4, 2),
+        nn.ConvTranspose2d(2, 1, 3),
+    )  # fmt: skip
+    assert models.prunable_layers(model) == ("0.weight", "3.weight", "4.weight")
+
+
+# ---------------------------------------------------------------- training
+def toy():
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(60, 4, generator=draw)
+    return TensorDataset(inputs, (inputs[:, 0] > 0).long())
+
+
+class Toy(Regression):
+    def build_model(self):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+    def loss(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+def trained(purpose=(1, 2), **settings):
+    model = Toy().build_model()
+    train(
+        Toy(), model, toy(), LocalTraining(local_epochs=2, **settings), device=CPU, purpose=purpose
+    )
+    return state_of(model)
+
+
+def test_training_follows_seed_round_and_client_bit_for_bit():
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    first = trained()
+    torch.manual_seed(7)
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), trained().values(), strict=True))
+    for other in ({"purpose": (2, 2)}, {"purpose": (1, 3)}, {"seed": 1}):
+        assert not torch.equal(first["0.weight"], trained(**other)["0.weight"])
+    del state
+
+
+def test_the_proximal_term_pulls_towards_the_global_model():
+    start = state_of(Toy().build_model())
+
+    def moved(mu):
+        after = trained(proximal_mu=mu, learning_rate=0.1)
+        return sum(float((after[key] - start[key]).square().sum()) for key in start)
+
+    assert moved(5.0) < moved(0.0) / 2
+
+
+def test_one_sgd_step_by_hand():
+    # One example x = 1, y = 3 on y = w x + b from w = b = 0: loss (w + b - 3)^2, gradient -6 in
+    # both. With a step of .1 both become .6.
+    model = nn.Linear(1, 1)
+    load_state(model, {"weight": torch.zeros(1, 1), "bias": torch.zeros(1)})
+    data = TensorDataset(torch.ones(1, 1), torch.full((1, 1), 3.0))
+    settings = LocalTraining(local_epochs=1, batch_size=1, learning_rate=0.1)
+    train(Regression(), model, data, settings, device=CPU, purpose=(1, 0))
+    assert float(model.weight) == pytest.approx(0.6)
+    assert float(model.bias) == pytest.approx(0.6)
+
+
+def test_batches_hold_every_example_once_in_a_seeded_order():
+    data = TensorDataset(torch.arange(10.0).unsqueeze(1), torch.arange(10))
+
+    def order(seed):
+        parts = batches(data, 4, torch.Generator().manual_seed(seed))
+        return torch.cat([targets for _, targets in parts]).tolist()
+
+    assert sorted(order(1)) == list(range(10))
+    assert order(1) == order(1) != order(2)
+    assert [len(t) for _, t in batches(data, 4, None)] == [4, 4, 2]
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(SecateurError, match="device 'cuda:99' is not available here"):
+        choose_device("cuda:99")
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type in {"cpu", "cuda", "mps"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_training_on_a_gpu_is_close_to_the_cpu():
+    model = Toy().build_model()
+    settings = LocalTraining(local_epochs=2)
+    train(Toy(), model, toy(), settings, device=torch.device("cuda"), purpose=(1, 2))
+    assert all(tensor.device.type == "cpu" for tensor in state_of(model).values())

@@ -1,0 +1,42 @@
+"""On real Ray: the demo's whole story, and that the engine changes nothing."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from server.cli import main
+from simulation.report import without_times
+
+SMALL = ["rounds=7", "warm-up=3", "local-epochs=2", "batch-size=16", "model=mlp", "optimizer=adam",
+         "learning-rate=0.003", "weight-decay=0.0", "momentum=0.0", "pruning-rate=0.1",
+         "attack.share=0.8"]  # fmt: skip
+
+pytestmark = pytest.mark.ray
+
+
+def run(folder, *arguments):
+    pairs = [part for pair in SMALL for part in ("--set", pair)]
+    with pytest.raises(SystemExit) as done:
+        main(["run", "demo", "--out", str(folder), *pairs, *arguments])
+    assert done.value.code == 0
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def test_ray_and_one_process_give_the_same_report_and_model_bit_for_bit(tmp_path):
+    on_ray = run(tmp_path / "ray", "--engine", "ray", "--seed", "3")
+    alone = run(tmp_path / "alone", "--engine", "inprocess", "--seed", "3")
+    assert without_times(on_ray) == without_times(alone)
+    assert on_ray["unlearnings"]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ray", "alone"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_an_error_in_the_server_is_one_line_and_not_a_hang(tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["run", "demo", "--engine", "ray", "--out", str(tmp_path / "out"), "--set",
+              "task=breast-cancer", "--set", "model="])  # fmt: skip
+    assert done.value.code == 1
+    assert "needs images of at least 3 x 3 pixels" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
