@@ -19,6 +19,7 @@ from unlearning.verdict import NOT_MEASURED, Verdict, equivalence
 SCHEMA_VERSION = 1
 UTILITY_TOLERANCE = 0.02
 FORGETTING_TOLERANCE = 0.03
+QUESTIONS = ("utility", "forgetting", "privacy", "hidden_knowledge")
 
 
 def report_of(outcome: Outcome, engine: str) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def report_of(outcome: Outcome, engine: str) -> dict[str, Any]:
         "retrain_rounds_needed": outcome.retrain_rounds_needed,
         "speedup": _speedup(outcome),
         "verdict": {
-            question: {"measure": measure, **asdict(verdict)}
+            question: {"measure": measure, **_plain(verdict)}
             for question, (measure, verdict) in _verdicts(outcome).items()
         },
     }
@@ -173,14 +174,17 @@ def _speedup(outcome: Outcome) -> dict[str, float | None]:
     return {"rounds": needed / recovery, "seconds": retraining / spent}
 
 
+def _plain(verdict: Verdict) -> dict[str, Any]:
+    interval = None if verdict.interval is None else list(verdict.interval)
+    return {**asdict(verdict), "interval": interval}
+
+
 def _verdicts(outcome: Outcome) -> dict[str, tuple[str | None, Verdict]]:
     """Return the measure and the answer of the four questions.
 
     Privacy and hidden knowledge are not measured here.
     """
-    verdicts: dict[str, tuple[str | None, Verdict]] = dict.fromkeys(
-        ("utility", "forgetting", "privacy", "hidden_knowledge"), (None, NOT_MEASURED)
-    )
+    verdicts: dict[str, tuple[str | None, Verdict]] = dict.fromkeys(QUESTIONS, (None, NOT_MEASURED))
     after, retrained = outcome.hits.get("after", {}), outcome.hits.get("retrained", {})
     for question, measures, tolerance in (
         ("utility", (TEST,), UTILITY_TOLERANCE),

@@ -100,6 +100,10 @@ def load_scenario(name: str, overrides: Mapping[str, Any] | None = None) -> Scen
     ------
     ScenarioError
     """
+    return parse_scenario(_read(name), overrides or {})
+
+
+def _read(name: str) -> dict[str, Any]:
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
@@ -115,17 +119,26 @@ def load_scenario(name: str, overrides: Mapping[str, Any] | None = None) -> Scen
         entry = resources.files("simulation") / "scenarios" / f"{name}.toml"
         text, title = entry.read_text(encoding="utf-8"), name
     try:
-        raw = tomllib.loads(text)
+        return {"name": title, **tomllib.loads(text)}
     except tomllib.TOMLDecodeError as error:
         raise ScenarioError(f"scenario {name}: not valid TOML: {error}") from error
-    return parse_scenario({"name": title, **raw}, overrides or {})
 
 
 def parse_scenario(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Scenario:
-    """Apply overrides and check; every fault is reported at once."""
+    """Apply ``extends`` and overrides, and check; every fault is reported at once.
+
+    ``extends = "demo"`` takes over whatever the scenario does not say itself, key by key.
+    """
     merged: dict[str, Any] = {
         key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()
     }
+    if "extends" in merged:
+        for key, value in _read(str(merged.pop("extends"))).items():
+            if isinstance(value, Mapping):
+                own = merged.get(key, {})
+                merged[key] = {**value, **own} if isinstance(own, Mapping) else own
+            else:
+                merged.setdefault(key, value)
     merged.setdefault("settings", {})
     for key, value in overrides.items():
         table, _, field = key.rpartition(".")
@@ -134,7 +147,12 @@ def parse_scenario(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Scen
             raise ScenarioError(
                 f"{key} names no table of a scenario; tables are {', '.join(TABLES)}"
             )
-        merged.setdefault(table, {})[field] = value
+        if not isinstance(merged.setdefault(table, {}), dict):
+            raise ScenarioError(f"{table} must be a table, got {merged[table]!r}")
+        merged[table][field] = value
+    clients = merged.get("clients")
+    if isinstance(clients, Mapping) and clients.get("malicious", 0) == 0:
+        merged.pop("attack", None)
     # A simulation knows its clients by their partition, and says so unless told otherwise.
     merged["settings"].setdefault("identity", "partition")
     try:

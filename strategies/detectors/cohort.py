@@ -137,12 +137,6 @@ class CohortDetector:
         Least cohesion gap, a difference of mean cosines; over 0, at most 2.
     restarts
         Seeded starts of 2-means.
-    largest_exact
-        Up to this many parameters the coordinates are used as they are.
-    dimensions
-        Larger models are projected on this many random directions. Drawing them costs P times
-        this many normal numbers a round, about 20 s a million parameters on one core; raising
-        ``largest_exact`` instead costs N times P floats of memory.
     """
 
     name = "cohort"
@@ -152,19 +146,12 @@ class CohortDetector:
         threshold: float = 0.3,
         *,
         restarts: int = 10,
-        largest_exact: int = 1_000_000,
-        dimensions: int = 4096,
     ) -> None:
         check_cohesion_threshold(threshold)
-        if restarts < 1 or largest_exact < 1 or dimensions < 1:
-            raise ValueError(
-                f"restarts, largest_exact and dimensions must be at least 1, got {restarts}, "
-                f"{largest_exact} and {dimensions}"
-            )
+        if restarts < 1:
+            raise ValueError(f"restarts must be at least 1, got {restarts}")
         self.threshold = threshold
         self._restarts = restarts
-        self._largest_exact = largest_exact
-        self._dimensions = dimensions
 
     def inspect(
         self, number: int, updates: Mapping[str, Parameters], previous: Parameters, *, seed: int
@@ -174,12 +161,7 @@ class CohortDetector:
             return Finding(note=too_few(len(updates)))
         clients = sorted(updates)
         rows = update_rows(updates, floating_names(updates, previous))
-        cosines = centred_cosines(
-            rows,
-            generator(seed, self.name, number, "projection"),
-            largest_exact=self._largest_exact,
-            dimensions=self._dimensions,
-        )
+        cosines = centred_cosines(rows)
         group = two_means(
             cosines, generator(seed, self.name, number, "2-means"), restarts=self._restarts
         )

@@ -43,11 +43,8 @@ def unit_rows(rows: Tensor) -> Tensor:
     rows
         Shape (N, P), finite.
     """
-    # Dividing by the largest entry first keeps the squares of boosted updates within float32.
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
-    lengths = scaled.norm(dim=1, keepdim=True)
-    return scaled / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    largest, lengths = _scales(rows)
+    return rows / largest / lengths
 
 
 def column_median(rows: Tensor) -> Tensor:
@@ -69,36 +66,7 @@ def gram(rows: Tensor) -> Tensor:
     return products
 
 
-def project(
-    rows: Tensor, dimensions: int, random: torch.Generator, *, columns: int = 4096
-) -> Tensor:
-    """Project the rows on random Gaussian directions, which keeps lengths and angles.
-
-    An inner product of unit vectors keeps its value up to about ``1 / sqrt(dimensions)``
-    (Johnson and Lindenstrauss). The directions are drawn ``columns`` at a time and thrown away:
-    memory is ``columns * dimensions`` floats, whatever P is.
-
-    Parameters
-    ----------
-    rows
-        Shape (N, P).
-    dimensions
-        Number of directions.
-
-    Returns
-    -------
-    Tensor
-        Shape (N, dimensions).
-    """
-    projected = torch.zeros(rows.shape[0], dimensions)
-    for block in _column_blocks(rows, columns):
-        projected += block @ torch.randn(block.shape[1], dimensions, generator=random)
-    return projected / math.sqrt(dimensions)
-
-
-def centred_cosines(
-    rows: Tensor, random: torch.Generator, *, largest_exact: int, dimensions: int
-) -> Tensor:
+def centred_cosines(rows: Tensor) -> Tensor:
     """Return the cosines between updates after what all of them share was taken out.
 
     Every update is scaled to length 1, so that a boosted one weighs no more than the others; the
@@ -106,14 +74,13 @@ def centred_cosines(
     remains is scaled to length 1 again. A remainder within rounding of the median has no
     direction: its cosines are 0.
 
+    All of it is done on blocks of coordinates, exactly: beside the rows themselves memory does
+    not grow with P, and time grows with N squared times P.
+
     Parameters
     ----------
     rows
         Updates, shape (N, P), finite.
-    random
-        For the projection, which is used where ``P > largest_exact``.
-    largest_exact, dimensions
-        Both in coordinates.
 
     Returns
     -------
@@ -121,12 +88,15 @@ def centred_cosines(
         Float64, shape (N, N); 1 on the diagonal, or 0 for an update without a direction. These
         are also the inner products of the remainders, which is what :func:`two_means` takes.
     """
-    directions = unit_rows(rows)
-    if directions.shape[1] > largest_exact:
-        directions = project(directions, dimensions, random)
-    remainders = directions - column_median(directions)
-    has_direction = remainders.norm(dim=1, keepdim=True) > SAME
-    return gram(unit_rows(remainders * has_direction)).clamp(-1, 1)
+    largest, lengths = _scales(rows)
+    products = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64)
+    for block in _column_blocks(rows):
+        directions = block / largest / lengths
+        exact = (directions - column_median(directions)).double()
+        products += exact @ exact.T
+    remainders = products.diagonal().sqrt()
+    scale = torch.where(remainders > SAME, 1 / remainders, 0.0)
+    return (products * scale[:, None] * scale[None, :]).clamp(-1, 1)
 
 
 def cosines_of(rows: Tensor) -> Tensor:
@@ -295,6 +265,21 @@ def cluster_count(
         if gaps[index] >= gaps[index + 1] - errors[index + 1]:
             return index + 1
     return largest
+
+
+def _scales(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two divisors that together give every row length 1, each of shape (N, 1).
+
+    Dividing by the largest entry first keeps the squares of boosted updates within float32. For a
+    row of zeros both are 1.
+    """
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    squares = torch.zeros(rows.shape[0], 1, dtype=torch.float64)
+    for block in _column_blocks(rows):
+        squares += (block / largest).double().square().sum(dim=1, keepdim=True)
+    lengths = squares.sqrt().to(rows.dtype)
+    return largest, torch.where(lengths > 0, lengths, torch.ones_like(lengths))
 
 
 def _column_blocks(rows: Tensor, columns: int = _COLUMNS) -> Iterator[Tensor]:

@@ -99,8 +99,6 @@ class LFighterDetector:
         named ``weight``.
     cohesion
         Least cohesion gap, a difference of mean cosines; over 0, at most 2.
-    largest_exact, dimensions
-        As in :class:`strategies.detectors.cohort.CohortDetector`.
     """
 
     name = "lfighter"
@@ -109,15 +107,10 @@ class LFighterDetector:
         self,
         layer: str | None = None,
         cohesion: float = 0.3,
-        *,
-        largest_exact: int = 1_000_000,
-        dimensions: int = 4096,
     ) -> None:
         check_cohesion_threshold(cohesion)
         self.layer = layer
         self.cohesion = cohesion
-        self._largest_exact = largest_exact
-        self._dimensions = dimensions
 
     def inspect(
         self, number: int, updates: Mapping[str, Parameters], previous: Parameters, *, seed: int
@@ -178,12 +171,7 @@ class LFighterDetector:
         likeness = cosines_of(features)
         one, other = dissimilarity(likeness, group), dissimilarity(likeness, ~group)
         suspects = group if one < other else ~group
-        cosines = centred_cosines(
-            update_rows(updates, floating_names(updates, previous)),
-            generator(seed, self.name, number, "projection"),
-            largest_exact=self._largest_exact,
-            dimensions=self._dimensions,
-        )
+        cosines = centred_cosines(update_rows(updates, floating_names(updates, previous)))
         cohort = measure_cohort(cosines, suspects)
         note = objection(cohort, self.cohesion)
         if one == other:

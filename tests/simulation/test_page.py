@@ -214,6 +214,7 @@ def label_flip() -> dict[str, Any]:
     points_ = ("before", "unlearned", "after", "retrained", "natural", "final")
     for record in [*report["rounds"], *report["natural_rounds"], *(report[p] for p in points_)]:
         record["flip_success"], record["backdoor_success"] = record["backdoor_success"], None
+    report["verdict"]["forgetting"]["measure"] = "flip_success"
     return report
 
 

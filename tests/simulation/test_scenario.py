@@ -30,7 +30,9 @@ def test_what_each_scenario_is_about():
     assert (demo.clients.total, demo.clients.malicious, demo.settings.task) == (10, 3, "digits")
     assert early.settings.warm_up == 0 < demo.settings.warm_up
     assert early.attack == demo.attack
+    assert early.settings.model_copy(update={"warm_up": demo.settings.warm_up}) == demo.settings
     assert load_scenario("clean").clients.malicious == 0
+    assert load_scenario("clean").attack is None
     dirichlet = load_scenario("clean-dirichlet")
     assert (dirichlet.settings.partition, dirichlet.settings.alpha) == ("dirichlet", 0.3)
     assert load_scenario("flood").attack.stagger > 0
@@ -56,7 +58,10 @@ def test_overrides_reach_every_table_and_are_read_as_toml():
         ({"settings": {"min-clients": 9}}, "is more than the 4 clients there are"),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"settings": {"colour": "red"}}, "unknown key 'settings.colour'"),
-        ({"attack": {"kind": "magic", "share": 0.1}}, "attack.kind = 'magic'"),
+        (
+            {"clients": {"total": 4, "malicious": 1}, "attack": {"kind": "magic", "share": 0.1}},
+            "attack.kind = 'magic'",
+        ),
     ],
 )
 def test_faults_name_the_key_and_the_rule(more, message):
@@ -70,4 +75,16 @@ def test_a_file_of_ones_own(tmp_path):
     assert load_scenario(str(path)).name == "mine"
     path.write_text("summary = ", encoding="utf-8")
     with pytest.raises(ScenarioError, match="not valid TOML"):
+        load_scenario(str(path))
+
+
+def test_a_scenario_may_extend_another_and_say_only_what_differs(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('summary = "mine"\nextends = "demo"\n[attack]\nshare = 0.1\n', encoding="utf-8")
+    mine, demo = load_scenario(str(path)), load_scenario("demo")
+    assert (mine.name, mine.summary) == ("mine", "mine")
+    assert mine.attack == demo.attack.model_copy(update={"share": 0.1})
+    assert mine.settings == demo.settings
+    path.write_text('summary = "mine"\nextends = "nosuch"\n', encoding="utf-8")
+    with pytest.raises(ScenarioError, match="there is no scenario 'nosuch'"):
         load_scenario(str(path))
