@@ -15,7 +15,7 @@ from server.federation import TEST, build_federation, initial_model
 from simulation.attacks.client import AttackMod, load_poisoned
 from simulation.probes import Probes, build_probes
 from simulation.scenario import Scenario
-from strategies.directory import client_name
+from strategies.directory import client_name, wait_for_nodes
 from strategies.loop import run_rounds
 from strategies.records import Phase, RoundRecord
 from strategies.wrapper import Unlearning
@@ -97,6 +97,7 @@ class Experiment:
         """Run everything; the result is in ``outcome``."""
         torch.set_num_threads(1)
         scenario, settings = self.scenario, self.scenario.settings
+        wait_for_nodes(grid, scenario.clients.total, patience_s=settings.round_deadline)
         options = settings.task_options()
         task = load_task(options)
         partitions = attackers(scenario)

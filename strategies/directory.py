@@ -59,6 +59,28 @@ def client_name(partition: int) -> str:
     return f"client-{partition:04d}"
 
 
+def wait_for_nodes(
+    grid: Grid,
+    count: int,
+    *,
+    patience_s: float,
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """Return once ``count`` nodes are connected; raise ``QuorumError`` after ``patience_s``.
+
+    A simulation's nodes appear one by one; a run that began with those that happened to be there
+    could not be repeated.
+    """
+    end = clock() + patience_s
+    while (connected := len(list(grid.get_node_ids()))) < count:
+        if clock() > end:
+            raise QuorumError(
+                f"only {connected} of {count} clients connected within {patience_s:g} s"
+            )
+        pause(0.05)
+
+
 class Directory:
     """Remembers which client each node is; asks ``identify`` about nodes it has not seen."""
 

@@ -17,6 +17,9 @@ from strategies.records import RoundRecord
 from strategies.wrapper import VALIDATION, Unlearning
 from unlearning.parameters import Parameters
 
+MOST_VOID = 20
+"""Rounds in a row without a new model, after which unfinished forgetting is given up."""
+
 Measure = Callable[[int, Parameters], Mapping[str, float | None]]
 """Round number and model -> measures of the model, such as ``validation_accuracy``."""
 
@@ -58,9 +61,14 @@ def run_rounds(
     model = start
     federation.initial(model, measure(0, model))
     on_round(federation.record, model)
-    number = 0
+    number = void = 0
     while number < rounds or federation.busy:
         number += 1
+        if number > rounds and void >= MOST_VOID:
+            raise QuorumError(
+                f"forgetting is unfinished and the last {void} rounds made no model: "
+                f"{federation.record.note}"
+            )
         started = time.perf_counter()
         model = _train(federation, grid, number, model, train_config, result)
         pruned = federation.unlearn_if_due(model, grid, train_config)
@@ -70,6 +78,7 @@ def run_rounds(
         if measures.get(VALIDATION) is None and asked is not None:
             measures[VALIDATION] = asked
         record = federation.record
+        void = void + 1 if record.note else 0
         record.measures = measures
         federation.after_measures()
         record.seconds = time.perf_counter() - started

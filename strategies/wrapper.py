@@ -281,7 +281,16 @@ class Unlearning(Strategy):
         ------
         NoLastRoundError
             If the method needs their last round and it was not remembered; nothing is changed.
+        SecateurError
+            If a client is excluded already, or no method is set.
         """
+        excluded = [client for client in clients if not self.roster.may_take_part(client)]
+        if excluded:
+            raise SecateurError(
+                f"{', '.join(excluded)} cannot be forgotten again: excluded already"
+            )
+        if self.method is None:
+            raise SecateurError("no method is set, so nobody can be forgotten; set one")
         self._quarantine(list(clients), self.record.number, cause, model, {})
 
     def unlearn_if_due(

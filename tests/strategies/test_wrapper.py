@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import (
 
 from strategies import messages
 from strategies.detectors.interface import Finding
-from strategies.directory import by_partition
+from strategies.directory import QuorumError, by_partition, wait_for_nodes
 from strategies.loop import run_rounds
 from strategies.memory import Need
 from strategies.methods import FedUP, NaturalForgetting, Retrain
@@ -405,6 +405,27 @@ def test_a_request_is_served_like_a_detection(scripted_grid):
     assert client(1) not in records[1].asked
 
 
+def test_nobody_is_forgotten_twice_or_without_a_method(scripted_grid):
+    federation = forgetting(lambda number: [client(4)] if number == 1 else [])
+    _, models = play(federation, scripted_grid(noisy()), 1)
+    with pytest.raises(SecateurError, match="client-0004 cannot be forgotten again"):
+        federation.forget([client(4)], "privacy", models[-1])
+    with pytest.raises(SecateurError, match="no method is set"):
+        wrapped().forget([client(1)], "privacy", MODEL)
+
+
+def test_forgetting_that_can_never_finish_is_given_up(scripted_grid):
+    def reply(partition, number, model):
+        if number > 2:
+            raise RuntimeError("everybody left")
+        return noisy()(partition, number, model)
+
+    flags = {1: [client(4)], 2: [client(3)]}
+    federation = forgetting(lambda number: flags.get(number, []))
+    with pytest.raises(QuorumError, match="the last 20 rounds made no model"):
+        play(federation, scripted_grid(reply), 2)
+
+
 def test_what_a_strategy_remembers_of_the_forgotten_is_reset(scripted_grid):
     federation = forgetting(
         lambda number: [client(4)] if number == 3 else [],
@@ -558,3 +579,11 @@ def test_replies_are_not_written_to(scripted_grid):
         assert isinstance(content, RecordDict)
         assert content.metric_records["metrics"]["num-examples"] == 10 + partition
         assert set(content.array_records["arrays"]) == set(MODEL)
+
+
+def test_a_run_waits_for_all_its_clients_and_not_for_ever(scripted_grid):
+    grid = scripted_grid(noisy(), 3)
+    now = iter(range(100))
+    wait_for_nodes(grid, 3, patience_s=5)
+    with pytest.raises(QuorumError, match="only 3 of 4 clients connected within 5 s"):
+        wait_for_nodes(grid, 4, patience_s=5, clock=lambda: next(now), pause=lambda _: None)
