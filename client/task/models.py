@@ -1,5 +1,6 @@
 """Models for the built-in tasks. Inputs are in [0, 1]; each model standardises them itself."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -27,12 +28,13 @@ class Standardise(nn.Module):
         return (inputs - self.mean) / self.deviation
 
 
-def mlp(shape: Sequence[int], classes: int) -> nn.Sequential:
-    """Return a multilayer perceptron with one hidden layer of 32 units."""
-    inputs = math.prod(shape)
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, classes)
-    )  # fmt: skip
+def mlp(shape: Sequence[int], classes: int, hidden: Sequence[int] = (32,)) -> nn.Sequential:
+    """Return a multilayer perceptron with hidden layers of the given widths."""
+    widths = [math.prod(shape), *hidden]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
 
 def small_cnn(shape: Sequence[int], classes: int) -> nn.Sequential:
@@ -73,7 +75,7 @@ def resnet(shape: Sequence[int], classes: int) -> nn.Module:
     return network  # type: ignore[no-any-return]
 
 
-MODELS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "cnn": small_cnn,
     "lenet": lenet,
@@ -89,12 +91,26 @@ def build(
     mean: Sequence[float],
     deviation: Sequence[float],
 ) -> nn.Module:
-    """Return the model ``name`` for inputs of ``shape``, behind a standardising layer."""
-    if name not in MODELS:
-        raise TaskError(f"there is no model {name!r}; known are {', '.join(MODELS)}")
-    if name != "mlp" and len(shape) != 3:
+    """Return the model ``name`` for inputs of ``shape``, behind a standardising layer.
+
+    ``mlp-128-64`` is a multilayer perceptron with hidden layers of these widths.
+    """
+    kind, *widths = name.split("-")
+    if kind not in MODELS or (widths and not (kind == "mlp" and all(map(_is_width, widths)))):
+        raise TaskError(
+            f"there is no model {name!r}; known are {', '.join(MODELS)}, and mlp-128-64 and the "
+            "like"
+        )
+    if kind != "mlp" and len(shape) != 3:
         raise TaskError(f"model {name!r} needs images, and the inputs have shape {tuple(shape)}")
-    return nn.Sequential(Standardise(mean, deviation), MODELS[name](shape, classes))
+    network = (
+        mlp(shape, classes, [int(w) for w in widths]) if widths else MODELS[kind](shape, classes)
+    )
+    return nn.Sequential(Standardise(mean, deviation), network)
+
+
+def _is_width(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
 
 
 def prunable_layers(model: nn.Module) -> tuple[str, ...]:

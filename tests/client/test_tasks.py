@@ -141,7 +141,7 @@ def test_held_out_data_do_not_depend_on_the_seed_and_are_balanced():
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("mlp", (1, 8, 8)), ("cnn", (1, 8, 8)), ("lenet", (1, 28, 28)), ("lenet", (3, 32, 32)),
-     ("resnet18", (3, 32, 32)), ("mlp", (30,))],
+     ("resnet18", (3, 32, 32)), ("mlp", (30,)), ("mlp-128-64", (1, 8, 8))],
 )  # fmt: skip
 def test_models_give_one_output_per_class_and_keep_constants_out_of_their_state(name, shape):
     model = models.build(name, shape, 7, mean=[0.5] * shape[0], deviation=[2.0] * shape[0])
@@ -156,9 +156,19 @@ def test_resnet_has_a_stem_for_small_images():
     assert sum(p.numel() for p in model.parameters()) == 11_173_962
 
 
-def test_an_unknown_model_or_one_for_images_is_refused():
-    with pytest.raises(TaskError, match="there is no model 'vgg'"):
-        models.build("vgg", (1, 8, 8), 10, mean=[0], deviation=[1])
+def test_a_multilayer_perceptron_has_the_widths_in_its_name():
+    model = models.build("mlp-128-64", (1, 8, 8), 10, mean=[0.0], deviation=[1.0])
+    shapes = [tuple(p.shape) for p in model.parameters() if p.dim() == 2]
+    assert shapes == [(128, 64), (64, 128), (10, 64)]
+
+
+@pytest.mark.parametrize("name", ["vgg", "cnn-3", "mlp-0", "mlp-many", "mlp-"])
+def test_an_unknown_model_is_refused(name):
+    with pytest.raises(TaskError, match=f"there is no model '{name}'"):
+        models.build(name, (1, 8, 8), 10, mean=[0], deviation=[1])
+
+
+def test_a_model_for_images_needs_images():
     with pytest.raises(TaskError, match="needs images"):
         models.build("cnn", (30,), 2, mean=[0.0] * 30, deviation=[1.0] * 30)
 
