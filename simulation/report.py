@@ -106,6 +106,7 @@ def _round(record: RoundRecord) -> dict[str, Any]:
         "train_loss": record.metrics.get("loss"),
         "scores": dict(sorted(finding.scores.items())) if finding else {},
         "flagged": sorted(finding.flagged) if finding else [],
+        "flags_count": record.flags_count,
         "evidence": dict(finding.evidence) if finding else {},
         "threshold": finding.threshold if finding else None,
         "decided_by": finding.decided_by if finding else "",

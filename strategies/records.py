@@ -65,6 +65,9 @@ class RoundRecord:
     detector: str | None = None
     finding: Finding | None = None
     """``None`` where no detector looked."""
+    flags_count: bool = False
+    """Whether being flagged in this round can lead to quarantine; not in the warm-up, nor while the
+    model recovers."""
     note: str = ""
     """Set when the previous model was kept, and why."""
     metrics: dict[str, float] = field(default_factory=dict)

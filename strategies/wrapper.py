@@ -416,7 +416,9 @@ class Unlearning(Strategy):
         )
         self.record.detector = self.detector.name
         self.record.finding = finding
-        if number <= self.warm_up:
+        # A model that was just pruned makes honest clients pull the same way, as a fresh one does.
+        self.record.flags_count = number > self.warm_up and self.recovering is None
+        if not self.record.flags_count:
             return []
         return self.roster.record_flags(updates, finding.flagged)
 

@@ -85,6 +85,7 @@ BAD = {
     "Inf weights": (record(good(math.inf)), "holds NaN or Inf"),
     "huge weights": (record(good(1e30)), "times the round's median"),
     "other shape": (record(good(shape=(5, 3))), r"shape \(5, 3\), expected \(4, 3\)"),
+    "transposed": (record(good(shape=(3, 4))), r"shape \(3, 4\), expected \(4, 3\)"),
     "broadcastable shape": (record(good(shape=(1, 3))), r"shape \(1, 3\)"),
     "scalar": (record(good(shape=())), r"shape \(\)"),
     "more dimensions": (record(good(shape=(2, 4, 3))), r"shape \(2, 4, 3\)"),
