@@ -515,7 +515,7 @@ def _reading(name: str, facts: Facts) -> Iterator[str]:
     if facts.share("retrained", facts.attack) is not None:
         yield "Dash-dotted: the attack on the retrained model."
     if facts.detecting:
-        yield "Flags do not count during warm-up."
+        yield "Flags do not count during warm-up, nor while the model recovers."
 
 
 def _detection(facts: Facts) -> Iterator[str]:
