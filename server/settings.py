@@ -58,9 +58,9 @@ class Settings(TaskOptions, LocalTraining):
     """Decision threshold; 0 for the detector's default."""
     warm_up: int = Field(5, ge=0)
     """Rounds in which flags do not count yet."""
-    hits: int = Field(2, ge=1)
+    hits: int = Field(3, ge=1)
     """Flags within the window that put a client in quarantine."""
-    window: int = Field(3, ge=1)
+    window: int = Field(4, ge=1)
     """Rounds that the hits are counted over."""
 
     method: Literal["fedup", "retrain", "natural", "none"] = "fedup"

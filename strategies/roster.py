@@ -24,8 +24,8 @@ class Hysteresis:
     it; rounds up to ``warm_up`` do not count, because early updates say little.
     """
 
-    hits: int = 2
-    window: int = 3
+    hits: int = 3
+    window: int = 4
     warm_up: int = 0
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from server.cli import main
 from simulation.report import without_times
 
-SMALL = ["rounds=7", "warm-up=3", "local-epochs=2", "batch-size=16", "model=mlp", "optimizer=adam",
+SMALL = ["rounds=8", "warm-up=3", "local-epochs=2", "batch-size=16", "model=mlp", "optimizer=adam",
          "learning-rate=0.003", "weight-decay=0.0", "momentum=0.0", "pruning-rate=0.1",
          "attack.share=0.8"]  # fmt: skip
 

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed"),
 ]
 
-SMALL = ["rounds=7", "warm-up=3", "local-epochs=2", "batch-size=16", "model=mlp", "optimizer=adam",
+SMALL = ["rounds=8", "warm-up=3", "local-epochs=2", "batch-size=16", "model=mlp", "optimizer=adam",
          "learning-rate=0.003", "weight-decay=0.0", "momentum=0.0", "pruning-rate=0.1",
          "attack.share=0.8"]  # fmt: skip
 

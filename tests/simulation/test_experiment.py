@@ -11,7 +11,7 @@ from simulation.page import render
 from simulation.report import report_of, without_times
 from simulation.scenario import load_scenario, parse_overrides
 
-SMALL = ["rounds=7", "warm-up=3", "local-epochs=2", "batch-size=16", "model=mlp", "optimizer=adam",
+SMALL = ["rounds=8", "warm-up=3", "local-epochs=2", "batch-size=16", "model=mlp", "optimizer=adam",
          "learning-rate=0.003", "weight-decay=0.0", "momentum=0.0", "pruning-rate=0.1",
          "attack.share=0.8"]  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_natural_forgetting_starts_from_the_same_round_and_is_not_pruned(outcome
 
 
 def test_retraining_takes_as_many_rounds_as_training_without_the_attackers(outcome):
-    assert len(outcome.retrain_rounds) == 7
+    assert len(outcome.retrain_rounds) == 8
     assert set(outcome.retrain_rounds[0].participants).isdisjoint(outcome.malicious)
 
 
