@@ -10,7 +10,7 @@ from client.task.device import choose_device
 from client.task.evaluation import evaluate, load_state
 from client.task.models import prunable_layers
 from client.task.protocol import Task
-from server.settings import Settings
+from server.settings import Settings, SettingsError
 from strategies.detectors.catalogue import DETECTORS
 from strategies.detectors.interface import Detector
 from strategies.directory import by_node, by_partition
@@ -68,7 +68,12 @@ def build_detector(settings: Settings) -> Detector | None:
     """Return the detector, or ``None`` where detection is switched off by name."""
     if settings.detector == "none":
         return None
-    return DETECTORS[settings.detector].make(settings.detector_threshold or None)
+    try:
+        return DETECTORS[settings.detector].make(settings.detector_threshold or None)
+    except ValueError as error:
+        raise SettingsError(
+            f"settings: detector-threshold = {settings.detector_threshold:g}: {error}"
+        ) from error
 
 
 def build_method(settings: Settings, model: nn.Module) -> Method | None:

@@ -1,8 +1,10 @@
 """Commands that run experiments. Everything heavy is imported only when a command runs."""
 
+import errno
 import json
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -92,7 +94,7 @@ def execute(
         report = write(experiment, engine, folder)
     except BaseException:
         for path in created:
-            path.rmdir()
+            shutil.rmtree(path, ignore_errors=True)
         raise
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -133,7 +135,9 @@ def prepare_folder(folder: Path) -> list[Path]:
             path.mkdir()
             made.append(path)
         with tempfile.NamedTemporaryFile(dir=folder):
-            pass
+            blocked = [name for name in ("report.json", "report.html") if (folder / name).is_dir()]
+        if blocked:
+            raise OSError(errno.EISDIR, f"{blocked[0]} is a folder")
     except OSError as error:
         for path in reversed(made):
             path.rmdir()
@@ -159,12 +163,19 @@ def write(experiment: "Experiment", engine: str, folder: Path) -> dict[str, Any]
         "model.safetensors": save({k: v.contiguous() for k, v in model.items()}),
         **{f"plots/{name}.svg": svg.encode() for name, svg in figures(report).items()},
     }
-    for name, content in files.items():
-        target = folder / name
-        target.parent.mkdir(exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        part.write_bytes(content)
-        os.replace(part, target)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as staging:
+            for name, content in files.items():
+                (Path(staging) / name).parent.mkdir(exist_ok=True)
+                (Path(staging) / name).write_bytes(content)
+            for name in files:
+                (folder / name).parent.mkdir(exist_ok=True)
+                os.replace(Path(staging) / name, folder / name)
+    except OSError as error:
+        raise SecateurError(
+            f"the report cannot be written to {folder}: {error.strerror}; free the place or choose "
+            "another folder with --out"
+        ) from error
     return report
 
 

@@ -210,6 +210,7 @@ class Experiment:
                 Phase.RETRAIN,
                 asked=tuple(clients),
                 participants=tuple(answer.client for answer in answers),
+                rejected=dict(carrier.rejected),
                 measures=probes.measure(number, merged),
                 seconds=time.perf_counter() - clock,
             )

@@ -150,6 +150,7 @@ def _unlearning(record: UnlearningRecord) -> dict[str, Any]:
         "recovery_ended_by": record.recovery_ended_by,
         "recovery_bound": record.recovery_bound,
         "recovery_target": record.recovery_target,
+        "conflict_percentiles": dict(record.percentiles),
         "warnings": list(record.warnings),
         "refused": record.refused,
     }

@@ -108,7 +108,10 @@ def _read(name: str) -> dict[str, Any]:
         path = Path(name)
         if not path.is_file():
             raise ScenarioError(f"there is no scenario file {name}")
-        text, title = path.read_text(encoding="utf-8"), path.stem
+        try:
+            text, title = path.read_text(encoding="utf-8"), path.stem
+        except (OSError, UnicodeDecodeError) as error:
+            raise ScenarioError(f"scenario {name} cannot be read as UTF-8 text: {error}") from error
     else:
         known = [scenario for scenario, _ in built_in()]
         if name not in known:
@@ -129,16 +132,10 @@ def parse_scenario(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Scen
 
     ``extends = "demo"`` takes over whatever the scenario does not say itself, key by key.
     """
-    merged: dict[str, Any] = {
-        key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()
-    }
-    if "extends" in merged:
-        for key, value in _read(str(merged.pop("extends"))).items():
-            if isinstance(value, Mapping):
-                own = merged.get(key, {})
-                merged[key] = {**value, **own} if isinstance(own, Mapping) else own
-            else:
-                merged.setdefault(key, value)
+    merged = _extended(raw, ())
+    for table in TABLES:
+        if not isinstance(merged.get(table, {}), dict):
+            raise ScenarioError(f"{table} must be a table, got {merged[table]!r}")
     merged.setdefault("settings", {})
     for key, value in overrides.items():
         table, _, field = key.rpartition(".")
@@ -147,18 +144,35 @@ def parse_scenario(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Scen
             raise ScenarioError(
                 f"{key} names no table of a scenario; tables are {', '.join(TABLES)}"
             )
-        if not isinstance(merged.setdefault(table, {}), dict):
-            raise ScenarioError(f"{table} must be a table, got {merged[table]!r}")
-        merged[table][field] = value
-    clients = merged.get("clients")
-    if isinstance(clients, Mapping) and clients.get("malicious", 0) == 0:
-        merged.pop("attack", None)
+        merged.setdefault(table, {})[field] = value
     # A simulation knows its clients by their partition, and says so unless told otherwise.
     merged["settings"].setdefault("identity", "partition")
     try:
-        return Scenario.model_validate(merged)
+        scenario = Scenario.model_validate(merged)
     except ValidationError as error:
         raise ScenarioError(f"scenario {merged['name']}: {'; '.join(describe(error))}") from error
+    if not scenario.clients.malicious:
+        return scenario.model_copy(update={"attack": None})
+    return scenario
+
+
+def _extended(raw: Mapping[str, Any], seen: tuple[str, ...]) -> dict[str, Any]:
+    """Return a scenario with whatever it extends filled in, key by key."""
+    merged: dict[str, Any] = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()
+    }
+    if "extends" not in merged:
+        return merged
+    base = str(merged.pop("extends"))
+    if base in seen:
+        raise ScenarioError(f"scenarios extend one another in a circle: {', '.join((*seen, base))}")
+    for key, value in _extended(_read(base), (*seen, base)).items():
+        if isinstance(value, Mapping):
+            own = merged.get(key, {})
+            merged[key] = {**value, **own} if isinstance(own, Mapping) else own
+        else:
+            merged.setdefault(key, value)
+    return merged
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:

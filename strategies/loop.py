@@ -120,7 +120,7 @@ def _ask_clients(
     config: ConfigRecord,
     result: Result,
 ) -> float | None:
-    """Return the clients' mean accuracy on data of their own, if the strategy evaluates."""
+    """Return the clients' median accuracy on data of their own, if the strategy evaluates."""
     try:
         outgoing = federation.configure_evaluate(
             number, messages.record_from(model), ConfigRecord(dict(config)), grid
@@ -134,5 +134,4 @@ def _ask_clients(
     if metrics is None:
         return None
     result.evaluate_metrics_clientapp[number] = metrics
-    accuracy = metrics.get("accuracy")
-    return float(accuracy) if isinstance(accuracy, int | float) else None
+    return federation.clients_accuracy

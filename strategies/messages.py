@@ -18,6 +18,7 @@ from unlearning.plan import Answer
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES = "num-examples"
+ACCURACY = "accuracy"
 SERVER_ROUND = "server-round"
 TRAIN, EVALUATE = "train", "evaluate"
 QUERY_IDENTITY = "query.identity"

@@ -15,7 +15,7 @@ from unlearning.plan import Answer, Ask, Plan
 Cause = Literal["malicious", "privacy"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pending:
     """Clients that wait to be forgotten; they are in quarantine already."""
 
@@ -42,6 +42,8 @@ class Situation:
     pending: tuple[Pending, ...]
     retained: tuple[str, ...]
     """Clients that took part in the round and stay."""
+    active: tuple[str, ...]
+    """All clients that may take part, whether or not they did in this round."""
     aggregate: retraining.Aggregate
     """The federation's own rule of aggregation, with no memory of past rounds."""
 
@@ -61,6 +63,8 @@ class Unlearned:
     settings: Mapping[str, str | float | int] = field(default_factory=dict)
     rate: float = 0.0
     """Share of the prunable weights aimed at; bounds the recovery."""
+    percentiles: Mapping[str, float] = field(default_factory=dict)
+    """Per forgotten client, the share of retained clients with less conflict (``methods`` 1.6)."""
     recovers: bool = True
     """Whether recovery rounds should follow."""
     warnings: tuple[str, ...] = ()
@@ -141,16 +145,16 @@ class FedUP:
         rate, settings, warnings = self._rate(situation, names)
         events: list[FedUPEvidence] = [entry.evidence for entry in situation.pending]
         dis = fedup.largest_disagreement([event.disagreement for event in events])
-        masks = fedup.conflict_mask(dis, situation.previous, rate)
-        for event in events:
-            warnings += tuple(
-                f"likely_false_positive: {client} conflicts more than only {share:.0%} of the "
-                "retained clients"
-                for client, share in event.percentiles.items()
-                if share < fedup.FALSE_POSITIVE_PERCENTILE
-            )
+        pruned, masks = fedup.fedup(dis, situation.previous, situation.model, rate)
+        percentiles = {c: share for event in events for c, share in event.percentiles.items()}
+        warnings += tuple(
+            f"likely_false_positive: {client} conflicts more than only {share:.0%} of the "
+            "retained clients"
+            for client, share in percentiles.items()
+            if share < fedup.FALSE_POSITIVE_PERCENTILE
+        )
         return _done(
-            Unlearned(fedup.prune(situation.model, masks), masks, settings, rate, True, warnings)
+            Unlearned(pruned, masks, settings, rate, percentiles=percentiles, warnings=warnings)
         )
 
     def _names(self, model: Parameters) -> tuple[str, ...]:
@@ -191,7 +195,7 @@ class Retrain:
             raise NoLastRoundError("retraining needs the initial model, and it was not remembered")
         model = yield from retraining.retrain(
             situation.initial,
-            situation.retained,
+            situation.active,
             situation.number,
             aggregate=situation.aggregate,
         )

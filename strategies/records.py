@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from strategies.detectors.interface import Finding
-from strategies.methods import Cause
 
 
 class Phase(StrEnum):
@@ -24,7 +23,8 @@ class UnlearningRecord:
 
     number: int
     method: str
-    cause: Cause
+    cause: str
+    """``malicious`` or ``privacy``, or both."""
     clients: tuple[str, ...]
     settings: Mapping[str, str | float | int] = field(default_factory=dict)
     zeroed: Mapping[str, int] = field(default_factory=dict)
@@ -35,6 +35,8 @@ class UnlearningRecord:
     memory_bytes: int = 0
     """Held by the method's memory when it ran."""
     warnings: list[str] = field(default_factory=list)
+    percentiles: dict[str, float] = field(default_factory=dict)
+    """Per client, the share of retained clients with less conflict; low hints at a mistake."""
     refused: str | None = None
     """Why nothing was done, if so; the clients stay in quarantine."""
     recovery_rounds: int | None = None

@@ -48,8 +48,6 @@ class Entry:
     """Round in which it stopped being active."""
     strikes: int = 0
     """Replies that broke a rule of the screen."""
-    flags: int = 0
-    """Rounds in which a detector flagged it."""
     recent: deque[bool] = field(default_factory=deque)
     """Whether it was flagged, for the newest rounds it took part in."""
 
@@ -88,7 +86,6 @@ class Roster:
         for client in sorted(participants):
             entry = self.entry(client)
             entry.recent.append(client in flagged)
-            entry.flags += client in flagged
             while len(entry.recent) > self._hysteresis.window:
                 entry.recent.popleft()
             if client in flagged and sum(entry.recent) >= self._hysteresis.hits:
@@ -105,11 +102,10 @@ class Roster:
         for client in clients:
             self._move(client, Status.BANNED, number, reason)
 
-    def acquit(self, client: str) -> None:
-        """Readmit a client; its record of flags is cleared, its strikes stay."""
-        entry = self.entry(client)
-        entry.status, entry.reason, entry.since = Status.ACTIVE, "", None
-        entry.recent.clear()
+    def clear_flags(self) -> None:
+        """Forget who was flagged lately, because the rounds to come will not be comparable."""
+        for entry in self._entries.values():
+            entry.recent.clear()
 
     def _move(self, client: str, status: Status, number: int, reason: str) -> None:
         entry = self.entry(client)

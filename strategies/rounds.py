@@ -5,6 +5,8 @@ through here, so that they cannot drift apart.
 """
 
 import contextlib
+import logging
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,9 +24,16 @@ from unlearning.parameters import Parameters, check_alike, check_finite
 from unlearning.plan import Answer, Ask
 from unlearning.randomness import derive_seed
 
+log = logging.getLogger("flwr")
+
 
 class AggregateError(SecateurError):
     """The wrapped strategy returned a model that cannot be published."""
+
+
+def replies_needed(quorum: float, asked: int) -> int:
+    """Return how many usable replies a round needs: a share of those asked, and one at least."""
+    return max(1, math.ceil(quorum * asked - 1e-9))
 
 
 @contextlib.contextmanager
@@ -97,6 +106,7 @@ class PlanRounds:
         screen: Screen,
         train_config: ConfigRecord,
         deadline_s: float,
+        quorum: float,
         seed: int | None,
     ) -> None:
         self._strategy = strategy
@@ -105,7 +115,11 @@ class PlanRounds:
         self._screen = screen
         self._train_config = train_config
         self._deadline_s = deadline_s
+        self._quorum = quorum
         self._seed = seed
+        self._needed = 1
+        self.rejected: dict[str, str] = {}
+        """Client -> why its answer to the last ask was not used."""
 
     def ask(self, ask: Ask) -> list[Answer]:
         """Send one ask and return the usable answers, sorted by client."""
@@ -113,10 +127,17 @@ class PlanRounds:
         received = self._grid.send_and_receive(outgoing, timeout=self._deadline_s)
         replies = match(outgoing, received, self._directory)
         schema = ask.arrays if ask.action.split(".")[0] == messages.TRAIN else None
-        return list(self._screen.check(replies, schema).answers)
+        screened = self._screen.check(replies, schema)
+        self.rejected = dict(screened.rejected)
+        for client, reason in screened.rejected.items():
+            log.warning("%s: answer of %s not used: %s", ask.action, client, reason)
+        self._needed = replies_needed(self._quorum, len(outgoing))
+        return list(screened.answers)
 
     def aggregate(self, number: int, start: Parameters, answers: Sequence[Answer]) -> Parameters:
-        """Aggregate as the strategy does; without answers the model stays as it was."""
+        """Aggregate as the strategy does; below the quorum the model stays as it was."""
+        if len(answers) < self._needed:
+            return start
         encoded = [
             messages.message_from(answer, self._directory.node(answer.client)) for answer in answers
         ]

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import median, median_low
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from strategies.exchange import Reply
 from unlearning.parameters import Parameters, difference, norm
 from unlearning.plan import Answer
 
+ABSURD_UPDATE = 1000.0
+"""Updates this many times longer than one plus the model's own norm are refused in any round."""
 HEADER_BYTES = 1024
 """Room for the header of a serialised array."""
 
@@ -55,7 +57,8 @@ class Screen:
         Largest weight of one client in an average, in units of the round's median
         ``num-examples``; larger ones are lowered to it.
     weight_limit
-        Largest ``num-examples`` that is believed at all, in the same unit.
+        Largest ``num-examples`` that is believed at all, in the same unit. Applies from three
+        replies on: of two, nobody can say which one is absurd.
     norm_limit
         Largest distance of a returned model from the global one, in units of the round's median
         distance. Applies from three replies on.
@@ -104,9 +107,9 @@ class Screen:
         self, answers: Sequence[Answer], previous: Parameters | None
     ) -> dict[str, str]:
         del previous
-        if not answers:
+        if len(answers) < 3:
             return {}
-        limit = self.weight_limit * median(answer.num_examples for answer in answers)
+        limit = self.weight_limit * median_low(answer.num_examples for answer in answers)
         return {
             answer.client: f"num-examples {answer.num_examples:g} exceeds {limit:g}, "
             f"{self.weight_limit:g} times the round's median"
@@ -124,10 +127,17 @@ class Screen:
             for answer in answers
             if answer.arrays is not None
         }
+        absurd = ABSURD_UPDATE * (1 + norm(previous))
+        failed = {
+            client: f"update norm {value:.3g} exceeds {absurd:.3g}, {ABSURD_UPDATE:g} times the "
+            "model's own"
+            for client, value in norms.items()
+            if value > absurd
+        }
         if len(norms) < 3:
-            return {}
+            return failed
         limit = self.norm_limit * median(norms.values())
-        return {
+        return failed | {
             client: f"update norm {value:.3g} exceeds {limit:.3g}, {self.norm_limit:g} times the "
             "round's median"
             for client, value in norms.items()
@@ -137,7 +147,8 @@ class Screen:
     def _cap_weights(self, answers: Sequence[Answer]) -> tuple[list[Answer], dict[str, float]]:
         if not answers:
             return [], {}
-        cap = self.weight_cap * median(answer.num_examples for answer in answers)
+        # Of two middle values the lower: with two clients neither can buy itself a larger cap.
+        cap = self.weight_cap * median_low(answer.num_examples for answer in answers)
         capped = {a.client: float(a.num_examples) for a in answers if a.num_examples > cap}
         return [
             replace(answer, num_examples=cap) if answer.client in capped else answer
@@ -169,6 +180,8 @@ def read_metrics(record: MetricRecord) -> tuple[dict[str, int | float], int | fl
             raise Rejected(f"metric '{name}' is a {type(value).__name__}, not one number")
         if not math.isfinite(value):
             raise Rejected(f"metric '{name}' is {value}")
+        if name == messages.ACCURACY and not 0 <= value <= 1:
+            raise Rejected(f"metric '{name}' is {value:g}; it must lie in [0, 1]")
         metrics[name] = value
     weight = metrics.pop(messages.NUM_EXAMPLES)
     if weight <= 0:
@@ -198,7 +211,7 @@ def read_tensor(name: str, array: Array, like: torch.Tensor) -> torch.Tensor:
         raise Rejected(f"tensor {name} takes {len(array.data)} bytes, at most {size} are expected")
     try:
         value = array.numpy()
-    except (ValueError, TypeError, EOFError, OSError, SyntaxError, MemoryError) as error:
+    except Exception as error:
         raise Rejected(f"tensor {name} cannot be decoded: {one_line(error)}") from error
     if not isinstance(value, np.ndarray):
         raise Rejected(f"tensor {name} is a {type(value).__name__}, not an array")

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -13,24 +14,28 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedXgbBagging, FedXgbCyclic, Result, Strategy
 
 from strategies import messages, rounds
-from strategies.detectors.interface import Detector, Finding
+from strategies.detectors.interface import Detector, Finding, limited
 from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
 from strategies.exchange import Reply, match
 from strategies.memory import LastRound, Memory
+from strategies.messages import ACCURACY
 from strategies.methods import Cause, Method, Pending, Situation, Unlearned
 from strategies.rate_limit import RateLimit
 from strategies.records import Phase, RoundRecord, UnlearningRecord
 from strategies.roster import Hysteresis, Roster
 from strategies.screen import Screen, Screened
 from strategies.store import MemoryStore, Store
-from unlearning.errors import SecateurError
+from unlearning.errors import BenignMajorityError, NoLastRoundError, SecateurError
 from unlearning.parameters import Parameters, difference
 from unlearning.plan import Answer, carry_out
 from unlearning.randomness import derive_seed
 from unlearning.recovery import recovery_bound, rounds_to_reach
+from unlearning.retraining import federated_average
 
 log = logging.getLogger("flwr")
 
+SETTLING_ROUNDS = 5
+"""Rounds after an unlearning in which flags do not count, if recovery takes that long."""
 VALIDATION = "validation_accuracy"
 """Measure that recovery is judged by: data that neither trains nor grades."""
 
@@ -134,6 +139,8 @@ class Unlearning(Strategy):
         self._outgoing: list[Message] = []
         self._previous: dict[str, torch.Tensor] = {}
         self._accuracies: dict[int, float] = {}
+        self._refused: tuple[Pending, ...] = ()
+        self.clients_accuracy: float | None = None
 
     # ------------------------------------------------------------ Flower's interface
     def configure_train(
@@ -162,26 +169,21 @@ class Unlearning(Strategy):
         screened = self.screen.check(matched, self._previous)
         self._note_screening(screened)
         answers = screened.answers
-        needed = math.ceil(self.quorum * len(matched) - 1e-9)
-        if len(answers) < max(1, needed):
+        needed = rounds.replies_needed(self.quorum, len(matched))
+        if len(answers) < needed:
             return self._void(
-                f"{len(answers)} of {len(matched)} clients sent a usable reply, "
-                f"{max(1, needed)} are needed"
+                f"{len(answers)} of {len(matched)} clients sent a usable reply, {needed} are needed"
             )
         due = self._detect(server_round, answers)
         kept = [answer for answer in answers if answer.client not in due]
-        try:
-            model, metrics = rounds.aggregate(
-                self.strategy, server_round, self._previous, self._encoded(kept)
-            )
-        except rounds.AggregateError as error:
-            return self._void(str(error))
-        if model is None:
-            return self._void("the strategy made no model")
-        self.record.participants = tuple(answer.client for answer in kept)
         self._remember(server_round, answers)
-        if due:
-            self._quarantine(due, server_round, "malicious", model, self.record.quarantined)
+        model, metrics, failure = self._aggregate(server_round, kept)
+        if due:  # at once, whether or not the strategy made a model of the others
+            others = model if model is not None else federated_average(0, self._previous, kept)
+            self._quarantine(due, server_round, "malicious", others, self.record.quarantined)
+        if model is None:
+            return self._void(failure)
+        self.record.participants = tuple(answer.client for answer in kept)
         return messages.record_from(model), metrics
 
     def configure_evaluate(
@@ -200,6 +202,7 @@ class Unlearning(Strategy):
     ) -> MetricRecord | None:
         """Screen the metrics, and let the wrapped strategy average them."""
         matched = match(self._outgoing, replies, self.directory)
+        self.clients_accuracy = None
         if self.screen is None:
             return self.strategy.aggregate_evaluate(server_round, _messages(matched))
         screened = self.screen.check(matched, None)
@@ -208,6 +211,9 @@ class Unlearning(Strategy):
         self.roster.strike(screened.faults)
         if not screened.answers:
             return None
+        accuracies = [a.metrics[ACCURACY] for a in screened.answers if ACCURACY in a.metrics]
+        # The median: a mean would let one client decide when recovery is over.
+        self.clients_accuracy = median(accuracies) if accuracies else None
         return self.strategy.aggregate_evaluate(server_round, self._encoded(screened.answers))
 
     def summary(self) -> None:
@@ -225,7 +231,7 @@ class Unlearning(Strategy):
         grid: Grid,
         initial_arrays: ArrayRecord,
         num_rounds: int = 3,
-        timeout: float = 3600,
+        timeout: float | None = None,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
@@ -236,7 +242,7 @@ class Unlearning(Strategy):
         """
         from strategies.loop import run_rounds  # noqa: PLC0415  the loop knows this class
 
-        self.deadline_s = timeout
+        self.deadline_s = self.deadline_s if timeout is None else timeout
         result = Result()
 
         def measure(number: int, model: Parameters) -> Mapping[str, float | None]:
@@ -244,7 +250,7 @@ class Unlearning(Strategy):
             if found is None:
                 return {}
             result.evaluate_metrics_serverapp[number] = found
-            return {name: float(value) for name, value in found.items()}  # type: ignore[arg-type]
+            return {n: float(v) for n, v in found.items() if not isinstance(v, list)}
 
         model = run_rounds(
             self,
@@ -262,8 +268,9 @@ class Unlearning(Strategy):
     # ------------------------------------------------------------ forgetting
     @property
     def busy(self) -> bool:
-        """Whether clients wait to be forgotten, or recovery goes on."""
-        return bool(self.pending) or self.recovering is not None
+        """Whether clients wait to be forgotten and could be, or recovery goes on."""
+        waiting = bool(self.pending) and self._refused != tuple(self.pending)
+        return waiting or self.recovering is not None
 
     def forget(self, clients: Sequence[str], cause: Cause, model: Parameters) -> None:
         """Exclude clients now and forget them as soon as the rate limit allows.
@@ -284,6 +291,9 @@ class Unlearning(Strategy):
         SecateurError
             If a client is excluded already, or no method is set.
         """
+        unknown = sorted(set(clients) - set(self.directory.clients()))
+        if unknown:
+            raise SecateurError(f"no client is called {', '.join(unknown)}")
         excluded = [client for client in clients if not self.roster.may_take_part(client)]
         if excluded:
             raise SecateurError(
@@ -298,15 +308,17 @@ class Unlearning(Strategy):
     ) -> dict[str, torch.Tensor] | None:
         """Forget whoever waits, if the rate limit allows it; return the new model, if any.
 
-        A refusal (too few honest clients left) is recorded with its reason and its clients stay
-        in quarantine; every other failure stops the run.
+        A refusal (too few honest clients in the round, or a round not remembered) is recorded with
+        its reason; its clients stay in quarantine, and it is tried again in later rounds. Every
+        other failure stops the run.
         """
         number = self.record.number
         if not self.pending or not self.rate_limit.allows(number, self.last_unlearning):
             return None
-        if self.method is None or not self.record.participants:
+        # One at a time: recovery is measured against the model before the unlearning it follows.
+        if self.method is None or not self.record.participants or self.recovering is not None:
             return None
-        pending, self.pending = tuple(self.pending), []
+        pending = tuple(self.pending)
         plan_rounds = self.plan_rounds(grid, config)
         situation = Situation(
             number,
@@ -316,12 +328,12 @@ class Unlearning(Strategy):
             self.memory.initial,
             pending,
             self.record.participants,
+            tuple(c for c in self.directory.clients() if self.roster.may_take_part(c)),
             plan_rounds.aggregate,
         )
-        record = UnlearningRecord(number, self.method.name, pending[0].cause, situation.forgotten)
+        causes = ", ".join(sorted({entry.cause for entry in pending}))
+        record = UnlearningRecord(number, self.method.name, causes, situation.forgotten)
         record.memory_bytes = self.memory.bytes_held()
-        self.record.unlearning = record
-        self.record.phase = Phase.UNLEARN
         started = time.perf_counter()
         try:
             outcome = carry_out(
@@ -329,10 +341,16 @@ class Unlearning(Strategy):
                 plan_rounds.ask,
                 self.store.journal(f"unlearning-{number}"),
             )
-        except SecateurError as error:
-            record.refused = str(error)
-            log.warning("round %d: unlearning refused: %s", number, error)
+        except (BenignMajorityError, NoLastRoundError) as error:
+            if self._refused != pending:  # said once, and tried again in every round to come
+                self._refused = pending
+                record.refused = str(error)
+                self.record.unlearning = record
+                log.warning("round %d: unlearning refused: %s", number, error)
             return None
+        self.pending, self._refused = [], ()
+        self.record.unlearning = record
+        self.record.phase = Phase.UNLEARN
         self._note_unlearned(record, outcome, time.perf_counter() - started)
         return {name: tensor.clone() for name, tensor in outcome.model.items()}
 
@@ -366,6 +384,7 @@ class Unlearning(Strategy):
             screen=self.screen or Screen(),
             train_config=config,
             deadline_s=self.deadline_s,
+            quorum=self.quorum,
             seed=self.seed,
         )
 
@@ -399,6 +418,18 @@ class Unlearning(Strategy):
         for client, reason in screened.rejected.items():
             log.warning("round %d: %s rejected: %s", self.record.number, client, reason)
 
+    def _aggregate(
+        self, number: int, kept: Sequence[Answer]
+    ) -> tuple[dict[str, torch.Tensor] | None, MetricRecord | None, str]:
+        """Return model and metrics, or why there is no model."""
+        try:
+            model, metrics = rounds.aggregate(
+                self.strategy, number, self._previous, self._encoded(kept)
+            )
+        except rounds.AggregateError as error:
+            return None, None, str(error)
+        return model, metrics, "the strategy made no model"
+
     def _detect(self, number: int, answers: Sequence[Answer]) -> list[str]:
         """Return the clients that have now been flagged often enough."""
         if self.detector is None:
@@ -414,13 +445,21 @@ class Unlearning(Strategy):
             self._previous,
             seed=derive_seed(self.seed or 0, "detector", number),
         )
+        finding = limited(finding, len(updates))
         self.record.detector = self.detector.name
         self.record.finding = finding
-        # A model that was just pruned makes honest clients pull the same way, as a fresh one does.
-        self.record.flags_count = number > self.warm_up and self.recovering is None
+        self.record.flags_count = number > self.warm_up and not self._settling(number)
         if not self.record.flags_count:
             return []
         return self.roster.record_flags(updates, finding.flagged)
+
+    def _settling(self, number: int) -> bool:
+        """Say whether the model was just pruned.
+
+        Its honest clients all pull the same way, to regrow what was cut, as they do in a fresh
+        model. Not for long: an attacker who starts meanwhile must not go unseen.
+        """
+        return self.recovering is not None and number - self.recovering.number <= SETTLING_ROUNDS
 
     def _remember(self, number: int, answers: Sequence[Answer]) -> None:
         locals_ = {answer.client: answer.arrays for answer in answers if answer.arrays is not None}
@@ -460,6 +499,7 @@ class Unlearning(Strategy):
         record.zeroed = {name: int(mask.sum()) for name, mask in outcome.masks.items()}
         record.sizes = {name: mask.numel() for name, mask in outcome.masks.items()}
         record.warnings = list(outcome.warnings)
+        record.percentiles = dict(outcome.percentiles)
         self.last_unlearning = number
         # What the wrapped strategy remembers (moments, momentum) holds their influence too.
         self.strategy = copy.deepcopy(self._fresh)
@@ -468,6 +508,7 @@ class Unlearning(Strategy):
         if self.detector is not None:
             self.detector.forget(forgotten)
         self.roster.ban(record.clients, number, "forgotten")
+        self.roster.clear_flags()
         if outcome.recovers:
             self._begin_recovery(record, outcome.rate)
         log.info("round %d: %s forgot %s", number, record.method, ", ".join(record.clients))
@@ -491,6 +532,9 @@ class Unlearning(Strategy):
         """Take note of the model of round 0."""
         self.memory.start(model)
         self.record = RoundRecord(0, measures=dict(measures))
+        accuracy = measures.get(VALIDATION)
+        if accuracy is not None:
+            self._accuracies[0] = accuracy
 
 
 def _messages(replies: Sequence[Reply]) -> list[Message]:

@@ -66,6 +66,12 @@ def test_no_unsafe_loading():
         assert not imported & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}, path
 
 
+def test_imports_point_down():
+    linter = Path(sys.executable).parent / "lint-imports"
+    done = subprocess.run([str(linter)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     """The Flower app bundle, as Flower itself builds it, unpacked."""

@@ -24,8 +24,15 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from unlearning.errors import BenignMajorityError, ParametersError
-from unlearning.parameters import Parameters, check_alike, mean, top_count, top_mask
+from unlearning.errors import BenignMajorityError
+from unlearning.parameters import (
+    Parameters,
+    check_alike,
+    check_finite,
+    mean,
+    top_count,
+    top_mask,
+)
 
 ADAPTIVE_MIN, ADAPTIVE_MAX, ADAPTIVE_GAMMA = 0.01, 0.15, 5.0
 """P_min, P_max and gamma of the adaptive rate (arXiv 2508.13853, eq. 3-6)."""
@@ -95,54 +102,36 @@ def prune(model: Parameters, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fedup(
-    locals_: Mapping[str, Parameters],
-    previous: Parameters,
-    flagged: Collection[str],
-    rate: float,
-    *,
-    retained: Parameters,
-    names: Sequence[str],
+    disagreements: Mapping[str, Tensor], previous: Parameters, retained: Parameters, rate: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Forget ``flagged`` using the last round alone (Algorithm 1, steps 1 to 5).
+    """Forget the clients behind ``disagreements`` (Algorithm 1, steps 3 to 5).
 
     Parameters
     ----------
-    locals_
-        Every participant's model after the round.
+    disagreements
+        Per prunable tensor, from ``disagreement`` or ``largest_disagreement``; empty where nobody
+        is to be forgotten.
     previous
         Global model that the round started from.
-    flagged
-        Clients to forget; a strict minority of ``locals_``.
-    rate
-        Share P of each tensor to zero, in [0, 1].
     retained
         Average b of the other clients, with the federation's own weights.
-    names
-        Prunable tensors: weights of linear and convolutional layers.
+    rate
+        Share P of each tensor to zero, in [0, 1].
 
     Returns
     -------
     tuple
-        The pruned model, and the mask.
+        The pruned model, and the masks: true where a weight was zeroed.
 
     Raises
     ------
-    BenignMajorityError
-        If the others are not a strict majority.
     ParametersError
-        If models differ in names or shapes, hold NaN or Inf, or a flagged client is missing.
+        If models differ in names or shapes or hold NaN or Inf, or the rate is out of range.
     """
-    unknown = sorted(set(flagged) - locals_.keys())
-    if unknown:
-        raise ParametersError(f"no model of {', '.join(unknown)} in the round to be unlearned from")
-    check_majority(len(set(flagged)), len(locals_))
-    check_alike(previous, retained, *locals_.values())
-    if not flagged:
-        return prune(retained, {}), {
-            name: torch.zeros_like(retained[name], dtype=torch.bool) for name in names
-        }
-    dis = disagreement(mean([locals_[client] for client in sorted(flagged)]), retained, names)
-    masks = conflict_mask(dis, previous, rate)
+    check_alike(previous, retained)
+    check_finite(previous)
+    check_finite(retained)
+    masks = conflict_mask(disagreements, previous, rate)
     return prune(retained, masks), masks
 
 

@@ -117,7 +117,12 @@ def load_task(options: TaskOptions) -> Task:
     """
     reference = BUILT_IN.get(options.task, options.task)
     factory = _find(options.task, reference)
-    task: Task = factory(options)
+    try:
+        task: Task = factory(options)
+    except SecateurError:
+        raise
+    except Exception as error:  # the factory is the user's own code
+        raise TaskError(f"task {options.task!r} cannot be made: {_named(error)}") from error
     missing = [part for part in PARTS if not callable(getattr(task, part, None))]
     if missing:
         raise TaskError(
@@ -136,14 +141,18 @@ def _find(name: str, reference: str) -> Callable[[TaskOptions], Any]:
         )
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise TaskError(f"task {name!r} cannot be loaded: {error}") from error
+    except Exception as error:  # importing a module runs the user's own code
+        raise TaskError(f"task {name!r} cannot be loaded: {_named(error)}") from error
     if not callable(found):
         raise TaskError(
             f"task {name!r} is a {type(found).__name__}; it must be callable with TaskOptions and "
             "return a task"
         )
     return found  # type: ignore[no-any-return]
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def size_of(examples: Examples) -> int:

@@ -68,21 +68,37 @@ class PoisonedTask:
         own = 0 if self.attack.colluding else self.attackers.index(partition)
         draw = generator(self.options.seed, "poison", partition)
         if self.attack.kind == "backdoor":
-            classes = int(targets.max()) + 1
+            self._check({self.attack.target})
             return backdoor(
                 inputs,
                 targets,
                 share=self.attack.share,
-                target=(self.attack.target + own) % classes,
+                target=(self.attack.target + own) % self.classes(),
                 generator=draw,
                 corner=CORNERS[own % len(CORNERS)],
             )
         pairs = self.attack.pairs or DEFAULT_PAIRS.get(self.options.task, ())
         if not pairs:
             raise AttackError(f"task {self.options.task!r} has no default pairs; set attack.pairs")
+        self._check({label for pair in pairs for label in pair})
         mine = pairs if self.attack.colluding else (pairs[own % len(pairs)],)
         flipped, rows = label_flip(targets, share=self.attack.share, pairs=mine, generator=draw)
         return Poisoned(inputs, flipped, rows)
+
+    def classes(self) -> int:
+        """Return the number of classes, judged by the server's test labels."""
+        test = self.task.server_data().test
+        if test is None:
+            raise AttackError("an attack needs the server's test data to know the classes")
+        return int(gather(test)[1].max()) + 1
+
+    def _check(self, labels: set[int]) -> None:
+        unknown = sorted(label for label in labels if not 0 <= label < self.classes())
+        if unknown:
+            raise AttackError(
+                f"class {unknown[0]} is to be attacked, and the task's classes are 0 to "
+                f"{self.classes() - 1}"
+            )
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,7 +1,7 @@
 """What a detector is: from one round's updates to the clients that look malicious."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from unlearning.parameters import Parameters
@@ -50,6 +50,16 @@ class Detector(Protocol):
 
     def forget(self, clients: frozenset[str]) -> None:
         """Delete whatever is remembered of these clients."""
+
+
+def limited(finding: Finding, participants: int) -> Finding:
+    """Return a finding that flags a strict minority: the most suspicious ones, if it flags more."""
+    most = most_flaggable(participants)
+    if len(finding.flagged) <= most:
+        return finding
+    ranked = sorted(finding.flagged, key=lambda client: (-finding.scores.get(client, 0.0), client))
+    note = f"of {len(finding.flagged)} flagged only the {most} highest count. {finding.note}"
+    return replace(finding, flagged=frozenset(ranked[:most]), note=note.strip())
 
 
 def most_flaggable(participants: int) -> int:

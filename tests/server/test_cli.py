@@ -90,6 +90,12 @@ BAD = {
     "no cuda": (["run", "demo", "--set", "device=cuda:99"], 1, "device 'cuda:99' is not available here"),
     "engine": (["run", "demo", "--engine", "abacus"], 2, "'abacus' is not one of"),
     "trigger on a table": (["run", "demo", "--engine", "inprocess", "--set", "task=breast-cancer", "--set", "model="], 1, "needs images of at least 3 x 3"),
+    "target": (["run", "demo", "--engine", "inprocess", "--set", "attack.target=12"], 1, "class 12 is to be attacked, and the task's classes are 0 to 9"),
+    "threshold": (["run", "demo", "--engine", "inprocess", "--set", "detector-threshold=3"], 2, "detector-threshold = 3: the cohesion threshold must be"),
+    "no factory": (["run", "demo", "--set", "task=math:sqrt"], 1, "task 'math:sqrt' cannot be made: TypeError"),
+    "relative module": (["run", "demo", "--set", "task=.foo:bar"], 1, "task '.foo:bar' cannot be loaded"),
+    "dropped attack": (["run", "clean", "--set", "attack.foo=1"], 2, "unknown key 'attack.foo'"),
+    "table": (["run", "demo", "--set", "settings=3"], 2, "unknown key 'settings.settings'"),
     "unknown command": (["prune"], 2, "No such command 'prune'"),
     "folder": (["run", "demo", "--out", "file/inside"], 1, "cannot write to file/inside"),
 }  # fmt: skip
@@ -118,6 +124,46 @@ def test_all_faults_of_a_scenario_are_told_at_once(capsys, tmp_path):
     assert code == 2
     for fault in ("unknown key 'colour'", "clients.total = 'many'", "settings.rounds = 0"):
         assert fault in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'summary = "x"\nsettings = 3\n[clients]\ntotal = 4\n', "settings must be a table, got 3"),
+        (b"summary = '\xff'", "cannot be read as UTF-8 text"),
+        (b'summary = "x"\nextends = "mine.toml"\n', "extend one another in a circle"),
+    ],
+)
+def test_scenario_files_that_cannot_be_used(text, message, capsys, tmp_path):
+    (tmp_path / "mine.toml").write_bytes(text)
+    code, _, err = call(capsys, "run", "mine.toml")
+    assert code == 2
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_folder_in_the_way_of_the_report_is_told_before_anything_runs(capsys, tmp_path):
+    (tmp_path / "out/report.json").mkdir(parents=True)
+    code, _, err = call(capsys, "run", "demo", *QUICK, "--out", "out")
+    assert code == 1
+    assert "cannot write to out" in err
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out/report.json"]
+
+
+def test_a_disk_that_fills_up_leaves_nothing(capsys, tmp_path, monkeypatch):
+    real, written = Path.write_bytes, []
+
+    def fill_up(self, content):
+        written.append(self.name)
+        if len(written) > 1:
+            raise OSError(28, "No space left on device")
+        return real(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    code, _, err = call(capsys, "run", "demo", *QUICK, "--out", "new/folder")
+    assert code == 1
+    assert "No space left on device; free the place or choose another folder" in err
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_task_that_lacks_a_part_is_told_which(capsys, tmp_path, monkeypatch):

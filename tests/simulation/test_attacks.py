@@ -83,6 +83,15 @@ def test_attacks_that_do_not_fit_are_refused():
         Attack(kind="backdoor", share=0.1, group=2)
 
 
+def test_colluders_attack_the_stated_class_whatever_classes_they_hold():
+    options = TaskOptions(partition="dirichlet", alpha=0.1)
+    attack = Attack(kind="backdoor", share=0.5, target=9)
+    task = load_poisoned(options, attack, (0, 1, 2))
+    for partition in (0, 1, 2):
+        part = task.poisoned(partition, 10)
+        assert set(part.targets[part.rows].tolist()) == {9}
+
+
 def test_schedule():
     attack = Attack(kind="backdoor", share=0.1, start=4, every=3)
     assert [n for n in range(1, 14) if attack.active(0, n)] == [4, 7, 10, 13]

@@ -109,6 +109,15 @@ def test_the_page_of_a_real_report_names_every_client(report):
     assert all(f"client-{number:04d}" in page for number in range(10))
 
 
+def test_baselines_leave_out_attackers_that_were_never_caught():
+    # One of the three trains and attacks alone from the start, and the detector needs two.
+    outcome = run("demo", "attack.group=2", "attack.stagger=90", "rounds=8", "warm-up=2")
+    missed = set(outcome.malicious) - set(outcome.forgotten)
+    assert len(missed) == 1
+    for record in (*outcome.natural_rounds, *outcome.retrain_rounds):
+        assert not missed & set(record.participants)
+
+
 def test_without_attackers_nobody_is_forgotten_and_nothing_is_made_up():
     report = report_of(run("clean", "rounds=6"), "inprocess")
     assert report["unlearnings"] == []

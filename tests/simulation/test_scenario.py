@@ -85,6 +85,8 @@ def test_a_scenario_may_extend_another_and_say_only_what_differs(tmp_path):
     assert (mine.name, mine.summary) == ("mine", "mine")
     assert mine.attack == demo.attack.model_copy(update={"share": 0.1})
     assert mine.settings == demo.settings
+    path.write_text('summary = "mine"\nextends = "clean"\n', encoding="utf-8")
+    assert load_scenario(str(path)).settings == load_scenario("clean").settings
     path.write_text('summary = "mine"\nextends = "nosuch"\n', encoding="utf-8")
     with pytest.raises(ScenarioError, match="there is no scenario 'nosuch'"):
         load_scenario(str(path))

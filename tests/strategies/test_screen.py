@@ -71,6 +71,15 @@ def pickled():
     return array
 
 
+def header(descr="'<f4'", shape="(4, 3)", closing="}"):
+    """Return bytes whose header lies in a way that the decoder does not expect."""
+    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, {closing}"
+    text = text.ljust(117) + "\n"
+    array = Array(np.zeros((4, 3), np.float32))
+    array.data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+    return record(ArrayRecord({**dict(good().items()), "layer.weight": array}))
+
+
 def without(key):
     kept = {k: v for k, v in good().items() if k != key}
     return ArrayRecord(kept)
@@ -83,7 +92,8 @@ def with_extra():
 BAD = {
     "NaN weights": (record(good(math.nan)), "holds NaN or Inf"),
     "Inf weights": (record(good(math.inf)), "holds NaN or Inf"),
-    "huge weights": (record(good(1e30)), "times the round's median"),
+    "huge weights": (record(good(1e30)), "times the (model's own|round's median)"),
+    "large weights": (record(good(100.0)), "times the round's median"),
     "other shape": (record(good(shape=(5, 3))), r"shape \(5, 3\), expected \(4, 3\)"),
     "transposed": (record(good(shape=(3, 4))), r"shape \(3, 4\), expected \(4, 3\)"),
     "broadcastable shape": (record(good(shape=(1, 3))), r"shape \(1, 3\)"),
@@ -100,6 +110,9 @@ BAD = {
     "lie about the shape": (record(ArrayRecord({**dict(good().items()), "layer.weight": lying_array()})), r"shape \(2, 3\)"),
     "garbage": (record(ArrayRecord({**dict(good().items()), "layer.weight": garbage()})), "cannot be decoded"),
     "pickle": (record(ArrayRecord({**dict(good().items()), "layer.weight": pickled()})), "cannot be decoded"),
+    "header with a huge shape": (header(shape=f"({10**28},)"), "cannot be decoded"),
+    "header without a type": (header(descr="()"), "cannot be decoded"),
+    "header that never ends": (header(shape="(4, 3", closing=""), "cannot be decoded"),
     "oversize": (record(good(shape=(400, 300))), "bytes, at most"),
     "other record name": (RecordDict({"model": good(), "metrics": metrics()}), "expected array records"),
     "two array records": (RecordDict({"arrays": good(), "more": good(), "metrics": metrics()}), "expected array records"),
@@ -115,6 +128,7 @@ BAD = {
     "largest num-examples": (record(None, metrics(2**63 - 1)), "exceeds"),
     "list of num-examples": (record(None, metrics([10, 10])), "is a list"),
     "NaN metric": (record(None, MetricRecord({"loss": math.nan, "num-examples": 10})), "'loss' is nan"),
+    "accuracy over 1": (record(None, metrics(10, accuracy=1e6)), r"'accuracy' is 1e\+06; it must"),
     "list metric": (record(None, MetricRecord({"loss": [0.5], "num-examples": 10})), "is a list"),
     "other metric names": (record(None, metrics(10, surprise=1.0)), "differ from most clients'"),
     "error": (Error(2, "raised: <script>\n\x1b[31m"), r"error 2: raised: <script>  \[31m"),
@@ -156,6 +170,24 @@ def test_silence_and_errors_are_no_strikes_but_broken_rules_are():
     assert screened.faults == {"c"}
 
 
+@pytest.mark.parametrize("kind", ["huge weights", "absurd num-examples", "other metric names"])
+def test_rules_that_compare_with_the_others_are_strikes_too(kind):
+    replies = [reply(c, record()) for c in "abc"] + [reply("z", BAD[kind][0])]
+    assert Screen().check(replies, SCHEMA).faults == {"z"}
+
+
+def test_of_two_clients_neither_can_outvote_the_other_by_more_than_the_cap():
+    replies = [reply("a", record(None, metrics(10))), reply("b", record(None, metrics(10**18)))]
+    screened = Screen().check(replies, SCHEMA)
+    assert {a.client: a.num_examples for a in screened.answers} == {"a": 10, "b": 20}
+
+
+def test_an_absurd_update_is_refused_even_if_there_is_nobody_to_compare_with():
+    screened = Screen().check([reply("a", record(good(1e30))), reply("b", record())], SCHEMA)
+    assert [answer.client for answer in screened.answers] == ["b"]
+    assert "times the model's own" in screened.rejected["a"]
+
+
 def test_all_bad_leaves_nothing():
     replies = [reply(c, record(good(math.nan))) for c in "abc"]
     screened = Screen().check(replies, SCHEMA)
@@ -195,8 +227,8 @@ def test_no_reported_weight_ever_outvotes_the_cap(sizes):
     assert all(math.isfinite(weight) and weight > 0 for weight in weights)
     if weights:
         reported = sorted(size for n, size in enumerate(sizes) if f"c{n}" not in screened.rejected)
-        middle = (reported[(len(reported) - 1) // 2] + reported[len(reported) // 2]) / 2
-        assert weights[-1] <= 2 * middle * (1 + 1e-9)
+        lower_middle = reported[(len(reported) - 1) // 2]
+        assert weights[-1] <= 2 * lower_middle * (1 + 1e-9)
 
 
 @given(value=st.floats(width=32, allow_nan=True, allow_infinity=True))

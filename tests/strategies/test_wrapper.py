@@ -25,13 +25,13 @@ from strategies.memory import Need
 from strategies.methods import FedUP, NaturalForgetting, Retrain
 from strategies.rate_limit import RateLimit
 from strategies.records import Phase
-from strategies.roster import Hysteresis
+from strategies.roster import Hysteresis, Roster
 from strategies.screen import Screen
 from strategies.store import MemoryStore
 from strategies.wrapper import Recovery, Unlearning
 from unlearning.errors import NoLastRoundError, SecateurError
-from unlearning.fedup import fedup
-from unlearning.parameters import prunable_names, weighted_mean
+from unlearning.fedup import disagreement, fedup
+from unlearning.parameters import mean, prunable_names, weighted_mean
 
 MODEL = {"layer.weight": torch.zeros(4, 3), "layer.bias": torch.zeros(4)}
 
@@ -340,9 +340,9 @@ def test_one_detection_is_fedup_of_its_round(scripted_grid):
         for n in range(5)
     }
     retained = weighted_mean([locals_[client(n)] for n in range(3)], [10, 11, 12])
-    expected, masks = fedup(
-        locals_, models[1], set(attackers), 0.5, retained=retained, names=prunable_names(MODEL)
-    )
+    average = mean([locals_[name] for name in attackers])
+    dis = disagreement(average, retained, prunable_names(MODEL))
+    expected, masks = fedup(dis, models[1], retained, 0.5)
     assert all(torch.equal(models[2][key], expected[key]) for key in MODEL)
     done = records[2].unlearning
     assert done.clients == tuple(attackers)
@@ -386,6 +386,172 @@ def test_rate_limit_over_a_hundred_rounds(limit, scripted_grid):
     assert all(gap >= limit for gap in gaps)
 
 
+def test_a_refusal_is_tried_again_once_a_round_has_enough_honest_clients(scripted_grid):
+    # Rounds 1 to 3 catch three clients while only five take part; from round 5 on, all twenty do.
+    flags = {1: [client(0)], 2: [client(1)], 3: [client(2)]}
+
+    def reply(partition, number, model):
+        if number < 5 and partition > 4:
+            raise RuntimeError("not yet here")
+        return noisy()(partition, number, model)
+
+    federation = forgetting(lambda number: flags.get(number, []), quorum=0.1)
+    federation.last_unlearning = 0
+    federation.rate_limit = RateLimit(rounds=3)
+    records, _ = play(federation, scripted_grid(reply, 20), 6)
+    noted = [(r.number, r.unlearning.refused is not None) for r in records if r.unlearning]
+    assert noted == [(3, True), (5, False)]  # round 4 was refused for the same reason: said once
+    assert records[5].unlearning.clients == tuple(client(n) for n in range(3))
+
+
+def test_a_refusal_does_not_keep_the_run_going_for_ever(scripted_grid):
+    flags = {1: [client(0)], 2: [client(1)], 3: [client(2)]}
+    federation = forgetting(lambda number: flags.get(number, []))
+    federation.last_unlearning = 0
+    federation.rate_limit = RateLimit(rounds=3)
+    records, _ = play(federation, scripted_grid(noisy()), 4)
+    assert [r.number for r in records] == [0, 1, 2, 3, 4]
+    assert [p.clients for p in federation.pending] == [(client(n),) for n in range(3)]
+
+
+def test_an_error_of_the_plan_is_no_refusal(scripted_grid):
+    federation = forgetting(lambda number: [client(4)] if number == 1 else [])
+
+    class Failing(FedUP):
+        def plan(self, situation):
+            raise QuorumError("nobody answers")
+
+    federation.method = Failing(rate=0.1)
+    with pytest.raises(QuorumError, match="nobody answers"):
+        play(federation, scripted_grid(noisy()), 1)
+
+
+def test_quarantine_does_not_wait_for_an_aggregate(scripted_grid):
+    class Silent(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            if server_round == 2:
+                return None, None
+            return super().aggregate_train(server_round, replies)
+
+    federation = forgetting(
+        lambda number: [client(4)] if number == 2 else [], strategy=Silent(fraction_evaluate=0.0)
+    )
+    records, _ = play(federation, scripted_grid(noisy()), 3)
+    assert "the strategy made no model" in records[2].note
+    assert list(records[2].quarantined) == [client(4)]
+    assert client(4) not in records[3].asked
+    assert records[3].unlearning.clients == (client(4),)
+
+
+def test_a_detector_that_flags_too_many_flags_the_most_suspicious_minority(scripted_grid):
+    oracle = Oracle(lambda number: [client(n) for n in range(4)])
+    federation = wrapped(detector=oracle, hysteresis=Hysteresis(hits=1, window=1))
+    records, _ = play(federation, scripted_grid(noisy()), 1)
+    assert list(records[1].quarantined) == [client(0), client(1)]
+    assert "of 4 flagged only the 2 highest count" in records[1].finding.note
+
+
+def test_flags_from_before_an_unlearning_are_not_held_against_anybody_after_it(scripted_grid):
+    flags = {1: [client(3), client(4)], 2: [client(4)], 5: [client(3)]}
+    federation = forgetting(lambda number: flags.get(number, []), limit=1)
+    federation.roster = Roster(Hysteresis(hits=2, window=3))
+    records, _ = play(federation, scripted_grid(noisy()), 6)
+    # client 4 is out in round 2; client 3 was flagged in rounds 1 and 5, with recovery between.
+    assert {r.number: list(r.quarantined) for r in records if r.quarantined} == {2: [client(4)]}
+
+
+def test_the_model_settles_for_a_few_rounds_and_no_longer(scripted_grid):
+    flags = {1: [client(4)], **{number: [client(3)] for number in range(2, 12)}}
+    federation = forgetting(lambda number: flags.get(number, []), limit=1)
+    federation.recovery = Recovery(cap=12)
+    records, _ = play(federation, scripted_grid(noisy()), 10)
+    assert {r.number: list(r.quarantined) for r in records if r.quarantined} == {
+        1: [client(4)],
+        7: [client(3)],
+    }
+    # Its turn to be forgotten comes when the recovery that goes on is over.
+    assert [r.number for r in records if r.unlearning] == [1, 14]
+
+
+def test_requests_and_detections_served_together_tell_both_causes(scripted_grid):
+    federation = forgetting(lambda number: [client(4)] if number == 1 else [])
+    federation.last_unlearning = 0
+    federation.rate_limit = RateLimit(rounds=3)
+    grid = scripted_grid(noisy(), 9)
+    asked = []
+
+    def measure(number, model):
+        if number == 1 and not asked:
+            asked.append(number)
+            federation.forget([client(1)], "privacy", model)
+        return {}
+
+    records, _ = play(federation, grid, 3, measure=measure)
+    assert records[3].unlearning.cause == "malicious, privacy"
+
+
+@pytest.mark.parametrize("rounds", [(2, 4), (4,)])
+def test_evidence_frozen_in_earlier_rounds_is_what_is_served(rounds, scripted_grid):
+    # dis is frozen in the round of the detection; b and w_prev are those of the round that serves.
+    flags = {number: [client(9 - n)] for n, number in enumerate(rounds)}
+    federation = forgetting(lambda number: flags.get(number, []))
+    federation.last_unlearning = 0
+    federation.rate_limit = RateLimit(rounds=6)
+    _, models = play(federation, scripted_grid(noisy(), 10), 6)
+
+    def locals_of(number):
+        replies = {n: noisy()(n, number, models[number - 1]) for n in range(10)}
+        return {n: messages.parameters_from(r.array_records["arrays"]) for n, r in replies.items()}
+
+    def average(number, gone):
+        stay = [n for n in range(10) if n not in gone]
+        return weighted_mean([locals_of(number)[n] for n in stay], [10 + n for n in stay])
+
+    gone, events = set(), []
+    for n, number in enumerate(rounds):
+        gone.add(9 - n)
+        flagged = locals_of(number)[9 - n]
+        events.append(disagreement(flagged, average(number, gone), prunable_names(MODEL)))
+    merged = {
+        name: torch.stack([event[name] for event in events]).amax(dim=0)
+        for name in prunable_names(MODEL)
+    }
+    expected, _ = fedup(merged, models[5], average(6, gone), 0.5)
+    assert all(torch.equal(models[6][key], expected[key]) for key in MODEL)
+
+
+def test_the_adaptive_rate_looks_at_the_last_layer_of_the_retained_clients(scripted_grid):
+    model = {
+        "first.weight": torch.zeros(3, 3),
+        "last.weight": torch.zeros(2, 3),
+        "last.bias": torch.zeros(2),
+    }
+    draw = torch.Generator().manual_seed(0)
+    heads = [torch.rand(8, generator=draw) for _ in range(4)] + [-torch.ones(8)]
+
+    def reply(partition, number, model):
+        del number
+        moved = dict(model)
+        moved["first.weight"] = torch.randn(3, 3, generator=draw)
+        moved["last.weight"] = heads[partition][:6].reshape(2, 3)
+        moved["last.bias"] = heads[partition][6:]
+        return messages.train_reply(moved, {}, 10)
+
+    federation = forgetting(
+        lambda number: [client(4)] if number == 1 else [], method=FedUP(rate="adaptive")
+    )
+    records, _ = play(federation, scripted_grid(reply), 1, model)
+    cosines = [
+        float(torch.nn.functional.cosine_similarity(heads[i], heads[j], dim=0))
+        for i in range(4)
+        for j in range(i)
+    ]
+    sim = sum(cosines) / 6
+    settings = records[1].unlearning.settings
+    assert settings["similarity"] == pytest.approx(sim, abs=1e-5)
+    assert settings["rate"] == pytest.approx(0.14 * ((sim - 0.5) / 0.5) ** 5 + 0.01, abs=1e-5)
+
+
 def test_without_an_honest_majority_nothing_is_pruned_and_quarantine_stays(scripted_grid):
     flags = {1: [client(0)], 2: [client(1)], 3: [client(2)]}
     federation = forgetting(lambda number: flags.get(number, []), limit=1)
@@ -399,9 +565,17 @@ def test_without_an_honest_majority_nothing_is_pruned_and_quarantine_stays(scrip
 
 
 def test_a_request_without_its_last_round_is_refused_before_anything_changes(scripted_grid):
+    def reply(partition, number, model):
+        if partition == 1:
+            raise RuntimeError("offline")
+        return noisy()(partition, number, model)
+
     federation = forgetting(lambda number: [])
-    with pytest.raises(NoLastRoundError, match="was not remembered"):
-        federation.forget([client(1)], "privacy", MODEL)
+    _, models = play(federation, scripted_grid(reply), 1)
+    with pytest.raises(NoLastRoundError, match="last round of client-0001"):
+        federation.forget([client(1)], "privacy", models[-1])
+    with pytest.raises(SecateurError, match="no client is called typo"):
+        federation.forget(["typo"], "privacy", models[-1])
     assert not federation.busy
     assert federation.roster.may_take_part(client(1))
 
@@ -422,8 +596,10 @@ def test_nobody_is_forgotten_twice_or_without_a_method(scripted_grid):
     _, models = play(federation, scripted_grid(noisy()), 1)
     with pytest.raises(SecateurError, match="client-0004 cannot be forgotten again"):
         federation.forget([client(4)], "privacy", models[-1])
+    bare = wrapped()
+    play(bare, scripted_grid(noisy()), 1)
     with pytest.raises(SecateurError, match="no method is set"):
-        wrapped().forget([client(1)], "privacy", MODEL)
+        bare.forget([client(1)], "privacy", MODEL)
 
 
 def test_forgetting_that_can_never_finish_is_given_up(scripted_grid):
@@ -542,6 +718,96 @@ def test_retrain_as_a_method_forgets_exactly(scripted_grid):
 
     _, expected = play(wrapped(), scripted_grid(without), 3)
     assert all(torch.equal(models[-1][key], expected[-1][key]) for key in MODEL)
+
+
+def test_retraining_under_sampling_asks_all_who_stay_and_not_only_the_last_round(scripted_grid):
+    asked = set()
+
+    def reply(partition, number, model):
+        asked.add((number, partition))
+        return noisy()(partition, number, model)
+
+    federation = forgetting(
+        lambda number: [client(9)] if number == 3 else [],
+        method=Retrain(),
+        strategy=fedavg(fraction_train=0.5),
+    )
+    federation.seed = 1
+    federation.detector = Oracle(lambda number: [])
+    grid = scripted_grid(reply, 10)
+    _, models = play(federation, grid, 3)
+    last = set(federation.record.participants)
+    asked.clear()
+    federation.forget(sorted(last)[:1], "privacy", models[-1])
+    play(federation, grid, 1)
+    again = {client(partition) for _, partition in asked}
+    assert again - last  # clients that sat the last round out take part in the retraining
+
+
+def test_retraining_leaves_out_no_honest_client_for_one_bad_reply(scripted_grid):
+    seen = []
+
+    def reply(partition, number, model):
+        seen.append((partition, number))
+        if partition == 0 and number == 3 and (0, 3) not in seen[:-1]:
+            return messages.train_reply({k: v * math.nan for k, v in model.items()}, {}, 10)
+        return noisy()(partition, number, model)
+
+    federation = forgetting(lambda number: [client(4)] if number == 3 else [], method=Retrain())
+    records, _ = play(federation, scripted_grid(reply), 3)
+    assert client(0) in records[3].rejected
+    assert seen.count((0, 1)) == 2  # once in training, once in the retraining
+    assert seen.count((4, 1)) == 1
+
+
+def test_a_baseline_round_below_the_quorum_keeps_its_model_and_names_the_reason(scripted_grid):
+    from unlearning.plan import carry_out
+    from unlearning.retraining import retrain
+
+    def reply(partition, number, model):
+        if partition < 3:
+            raise RuntimeError("gone")
+        return noisy()(partition, number, model)
+
+    federation = wrapped(quorum=0.5)
+    grid = scripted_grid(reply)
+    rounds = federation.plan_rounds(grid, ConfigRecord())
+    clients = tuple(client(n) for n in range(5))
+    federation.directory.refresh(grid)
+    model = carry_out(retrain(MODEL, clients, 1, aggregate=rounds.aggregate), rounds.ask)
+    assert torch.equal(model["layer.bias"], MODEL["layer.bias"])
+    assert list(rounds.rejected) == list(clients[:3])
+
+
+def test_one_client_cannot_decide_when_recovery_is_over(scripted_grid):
+    federation = forgetting(
+        lambda number: [client(4)] if number == 2 else [],
+        strategy=FedAvg(fraction_evaluate=1.0),
+    )
+    grid = scripted_grid(noisy(), 5, {0: 0.7, 1: 0.7, 2: 0.7, 3: 1e6, 4: 0.7})
+    records, _ = play(federation, grid, 2)
+    assert records[1].measures["validation_accuracy"] == 0.7
+    assert federation.roster.entry(client(3)).strikes == len(records) - 1
+    grid = scripted_grid(noisy(), 5, {0: 0.7, 1: 0.7, 2: 0.7, 3: 1.0, 4: 0.0})
+    records, _ = play(
+        forgetting(lambda number: [], strategy=FedAvg(fraction_evaluate=1.0)), grid, 1
+    )
+    assert records[1].measures["validation_accuracy"] == 0.7  # the median
+
+
+def test_start_keeps_the_deadline_and_bears_lists_of_metrics(scripted_grid):
+    from flwr.app import MetricRecord
+
+    federation = wrapped(deadline_s=7.0)
+    result = federation.start(
+        scripted_grid(noisy()),
+        messages.record_from(MODEL),
+        num_rounds=1,
+        evaluate_fn=lambda number, arrays: MetricRecord({"per_class": [0.1, 0.2], "accuracy": 0.5}),
+    )
+    assert federation.deadline_s == 7.0
+    assert federation.record.measures == {"accuracy": 0.5}
+    assert set(result.evaluate_metrics_serverapp) == {0, 1}
 
 
 def test_other_actions_reach_the_clients_named(scripted_grid):
