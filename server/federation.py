@@ -17,10 +17,11 @@ from strategies.directory import by_node, by_partition
 from strategies.loop import Measure
 from strategies.methods import METHODS, FedUP, Method
 from strategies.rate_limit import RateLimit
+from strategies.recovery import VALIDATION, Recovery
 from strategies.roster import Hysteresis
 from strategies.screen import Screen
 from strategies.store import Store
-from strategies.wrapper import VALIDATION, Recovery, Unlearning
+from strategies.wrapper import Unlearning
 from unlearning.parameters import Parameters
 from unlearning.randomness import derive_seed
 

@@ -139,7 +139,7 @@ class Experiment:
                 points["before"] = self._last
             points["unlearned"] = here
             points.pop("after", None)
-        if "unlearned" in points and "after" not in points and federation.recovering is None:
+        if "unlearned" in points and "after" not in points and federation.recovery.current is None:
             points["after"] = here
         self._last = here
         self.outcome.rounds.append(record)

@@ -13,7 +13,7 @@ from client.task.protocol import Examples, Task
 from server.federation import TEST
 from simulation.attacks.client import PoisonedTask, gather
 from simulation.attacks.poison import stamp
-from strategies.wrapper import VALIDATION
+from strategies.recovery import VALIDATION
 from unlearning.parameters import Parameters
 
 FORGET, BACKDOOR, FLIP = "forget_accuracy", "backdoor_success", "flip_success"

@@ -14,7 +14,8 @@ from flwr.serverapp.strategy import Result
 from strategies import messages
 from strategies.directory import QuorumError
 from strategies.records import RoundRecord
-from strategies.wrapper import VALIDATION, Unlearning
+from strategies.recovery import VALIDATION
+from strategies.wrapper import Unlearning
 from unlearning.parameters import Parameters
 
 MOST_VOID = 20

@@ -2,10 +2,8 @@
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -22,6 +20,7 @@ from strategies.messages import ACCURACY
 from strategies.methods import Cause, Method, Pending, Situation, Unlearned
 from strategies.rate_limit import RateLimit
 from strategies.records import Phase, RoundRecord, UnlearningRecord
+from strategies.recovery import VALIDATION, Recovery, RecoveryWatch
 from strategies.roster import Hysteresis, Roster
 from strategies.screen import Screen, Screened
 from strategies.store import MemoryStore, Store
@@ -29,34 +28,9 @@ from unlearning.errors import BenignMajorityError, NoLastRoundError, SecateurErr
 from unlearning.parameters import Parameters, difference
 from unlearning.plan import Answer, carry_out
 from unlearning.randomness import derive_seed
-from unlearning.recovery import recovery_bound, rounds_to_reach
 from unlearning.retraining import federated_average
 
 log = logging.getLogger("flwr")
-
-SETTLING_ROUNDS = 5
-"""Rounds after an unlearning in which flags do not count, if recovery takes that long."""
-VALIDATION = "validation_accuracy"
-"""Measure that recovery is judged by: data that neither trains nor grades."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recovery:
-    """When the rounds after an unlearning end (``methods`` 1.4).
-
-    They end when validation accuracy is back within ``tolerance`` of what it was before, or after
-    ``cap`` rounds. The forget set, triggers and test data are never looked at.
-    """
-
-    tolerance: float = 0.02
-    cap: int = 20
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.tolerance < 1 and self.cap >= 1):
-            raise ValueError(
-                f"tolerance must lie in [0, 1) and cap be at least 1, got {self.tolerance} and "
-                f"{self.cap}"
-            )
 
 
 class Unlearning(Strategy):
@@ -123,7 +97,7 @@ class Unlearning(Strategy):
         self.warm_up = (hysteresis or Hysteresis()).warm_up
         self.method = method
         self.rate_limit = rate_limit or RateLimit()
-        self.recovery = recovery or Recovery()
+        self.recovery = RecoveryWatch(recovery or Recovery())
         self.store: Store = store if store is not None else MemoryStore()
         self.deadline_s = deadline_s
         self.quorum = quorum
@@ -133,12 +107,10 @@ class Unlearning(Strategy):
         self.memory = Memory(method.needs if method is not None else ())
         self.pending: list[Pending] = []
         self.last_unlearning: int | None = None
-        self.recovering: UnlearningRecord | None = None
         self.record = RoundRecord(0)
         self._fresh = copy.deepcopy(strategy)
         self._outgoing: list[Message] = []
         self._previous: dict[str, torch.Tensor] = {}
-        self._accuracies: dict[int, float] = {}
         self._refused: tuple[Pending, ...] = ()
         self.clients_accuracy: float | None = None
 
@@ -147,9 +119,7 @@ class Unlearning(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Let the wrapped strategy choose among the clients that are not excluded."""
-        self.record = RoundRecord(
-            server_round, phase=Phase.RECOVER if self.recovering else Phase.TRAIN
-        )
+        self.record = RoundRecord(server_round, phase=self._phase())
         self._previous = messages.parameters_from(arrays)
         with rounds.seeded_sampling(self.seed, server_round):
             chosen = self.strategy.configure_train(
@@ -270,7 +240,7 @@ class Unlearning(Strategy):
     def busy(self) -> bool:
         """Whether clients wait to be forgotten and could be, or recovery goes on."""
         waiting = bool(self.pending) and self._refused != tuple(self.pending)
-        return waiting or self.recovering is not None
+        return waiting or self.recovery.current is not None
 
     def forget(self, clients: Sequence[str], cause: Cause, model: Parameters) -> None:
         """Exclude clients now and forget them as soon as the rate limit allows.
@@ -316,7 +286,7 @@ class Unlearning(Strategy):
         if not self.pending or not self.rate_limit.allows(number, self.last_unlearning):
             return None
         # One at a time: recovery is measured against the model before the unlearning it follows.
-        if self.method is None or not self.record.participants or self.recovering is not None:
+        if self.method is None or not self.record.participants or self.recovery.current:
             return None
         pending = tuple(self.pending)
         plan_rounds = self.plan_rounds(grid, config)
@@ -356,24 +326,7 @@ class Unlearning(Strategy):
 
     def after_measures(self) -> None:
         """Decide whether recovery is over; called once the round's model has been measured."""
-        number = self.record.number
-        accuracy = self.record.measures.get(VALIDATION)
-        if accuracy is not None:
-            self._accuracies[number] = accuracy
-        if self.recovering is None or self.recovering.number == number:
-            return
-        target = self.recovering.recovery_target
-        spent = number - self.recovering.number
-        recovered = accuracy is not None and target is not None and accuracy >= target
-        if recovered or spent >= self.recovery.cap:
-            self.recovering.recovery_rounds = spent
-            self.recovering.recovery_ended_by = "recovered" if recovered else "cap"
-            bound = self.recovering.recovery_bound
-            if bound is not None and spent > bound:
-                self.recovering.warnings.append(
-                    f"recovery took {spent} rounds, more than FedUP's bound of {bound}"
-                )
-            self.recovering = None
+        self.recovery.observe(self.record.number, self.record.measures.get(VALIDATION))
 
     def plan_rounds(self, grid: Grid, config: ConfigRecord) -> rounds.PlanRounds:
         """Return a carrier for plans, with a copy of the wrapped strategy as it was at first."""
@@ -389,6 +342,9 @@ class Unlearning(Strategy):
         )
 
     # ------------------------------------------------------------ steps of a round
+    def _phase(self) -> Phase:
+        return Phase.RECOVER if self.recovery.current else Phase.TRAIN
+
     def _visible(self, grid: Grid) -> VisibleGrid:
         return VisibleGrid(
             grid, self.directory, self.roster.may_take_part, patience_s=self.deadline_s
@@ -408,7 +364,7 @@ class Unlearning(Strategy):
 
     def void_round(self, number: int, error: QuorumError) -> None:
         """Record a round that could not even begin."""
-        self.record = RoundRecord(number, Phase.RECOVER if self.recovering else Phase.TRAIN)
+        self.record = RoundRecord(number, self._phase())
         self._void(str(error))
 
     def _note_screening(self, screened: Screened) -> None:
@@ -448,18 +404,10 @@ class Unlearning(Strategy):
         finding = limited(finding, len(updates))
         self.record.detector = self.detector.name
         self.record.finding = finding
-        self.record.flags_count = number > self.warm_up and not self._settling(number)
+        self.record.flags_count = number > self.warm_up and not self.recovery.settling(number)
         if not self.record.flags_count:
             return []
         return self.roster.record_flags(updates, finding.flagged)
-
-    def _settling(self, number: int) -> bool:
-        """Say whether the model was just pruned.
-
-        Its honest clients all pull the same way, to regrow what was cut, as they do in a fresh
-        model. Not for long: an attacker who starts meanwhile must not go unseen.
-        """
-        return self.recovering is not None and number - self.recovering.number <= SETTLING_ROUNDS
 
     def _remember(self, number: int, answers: Sequence[Answer]) -> None:
         locals_ = {answer.client: answer.arrays for answer in answers if answer.arrays is not None}
@@ -510,20 +458,8 @@ class Unlearning(Strategy):
         self.roster.ban(record.clients, number, "forgotten")
         self.roster.clear_flags()
         if outcome.recovers:
-            self._begin_recovery(record, outcome.rate)
+            self.recovery.begin(record, outcome.rate)
         log.info("round %d: %s forgot %s", number, record.method, ", ".join(record.clients))
-
-    def _begin_recovery(self, record: UnlearningRecord, rate: float) -> None:
-        before = self._accuracies.get(record.number - 1)
-        if before is None:
-            record.warnings.append("no validation accuracy from before: recovery runs to its cap")
-        else:
-            record.recovery_target = before - self.recovery.tolerance
-            curve = [self._accuracies.get(n, math.nan) for n in range(1, record.number)]
-            reached = rounds_to_reach(curve, record.recovery_target)
-            if reached is not None and rate > 0:
-                record.recovery_bound = recovery_bound(reached, rate)
-        self.recovering = record
 
     def _encoded(self, answers: Sequence[Answer]) -> list[Message]:
         return [messages.message_from(a, self.directory.node(a.client)) for a in answers]
@@ -532,9 +468,7 @@ class Unlearning(Strategy):
         """Take note of the model of round 0."""
         self.memory.start(model)
         self.record = RoundRecord(0, measures=dict(measures))
-        accuracy = measures.get(VALIDATION)
-        if accuracy is not None:
-            self._accuracies[0] = accuracy
+        self.recovery.observe(0, measures.get(VALIDATION))
 
 
 def _messages(replies: Sequence[Reply]) -> list[Message]:

@@ -7,7 +7,7 @@ from sklearn.datasets import load_breast_cancer
 from torch.utils.data import TensorDataset
 
 from client.task import models
-from client.task.classification import Classification, held_out
+from client.task.classification import Classification, three_parts
 from client.task.protocol import TaskOptions
 
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.125
@@ -18,11 +18,9 @@ def breast_cancer(options: TaskOptions) -> Classification:
     raw = load_breast_cancer()
     inputs = torch.tensor(raw.data, dtype=torch.float32)
     targets = torch.tensor(raw.target, dtype=torch.int64)
-    rest, test = held_out(inputs, targets, share=TEST_SHARE, purpose="test")
-    kept, chosen = held_out(
-        inputs[rest], targets[rest], share=VALIDATION_SHARE, purpose="validation"
+    train, validation, test = three_parts(
+        inputs, targets, test=TEST_SHARE, validation=VALIDATION_SHARE
     )
-    train, validation = rest[kept], rest[chosen]
     mean, deviation = inputs[train].mean(dim=0), inputs[train].std(dim=0)
     return Classification(
         options=options,

@@ -87,6 +87,18 @@ class Classification:
         return TensorDataset(self.inputs[rows], self.targets[rows])
 
 
+def three_parts(
+    inputs: Tensor, targets: Tensor, *, test: float, validation: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return indices of training, validation and test examples, the same in every run.
+
+    ``test`` is a share of all, ``validation`` a share of what is left.
+    """
+    rest, test_rows = held_out(inputs, targets, share=test, purpose="test")
+    kept, chosen = held_out(inputs[rest], targets[rest], share=validation, purpose="validation")
+    return rest[kept], rest[chosen], test_rows
+
+
 def held_out(
     inputs: Tensor, targets: Tensor, *, share: float, purpose: str
 ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
 from client.task import models
-from client.task.classification import Classification, held_out
+from client.task.classification import Classification, three_parts
 from client.task.protocol import TaskOptions
 
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.125  # of all, and of the rest: 20 % and 10 %
@@ -19,11 +19,9 @@ def digits(options: TaskOptions) -> Classification:
     raw = load_digits()
     inputs = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / LARGEST_PIXEL
     targets = torch.tensor(raw.target, dtype=torch.int64)
-    rest, test = held_out(inputs, targets, share=TEST_SHARE, purpose="test")
-    kept, chosen = held_out(
-        inputs[rest], targets[rest], share=VALIDATION_SHARE, purpose="validation"
+    train, validation, test = three_parts(
+        inputs, targets, test=TEST_SHARE, validation=VALIDATION_SHARE
     )
-    train, validation = rest[kept], rest[chosen]
     return Classification(
         options=options,
         inputs=inputs[train],

@@ -25,10 +25,11 @@ from strategies.memory import Need
 from strategies.methods import FedUP, NaturalForgetting, Retrain
 from strategies.rate_limit import RateLimit
 from strategies.records import Phase
+from strategies.recovery import Recovery
 from strategies.roster import Hysteresis, Roster
 from strategies.screen import Screen
 from strategies.store import MemoryStore
-from strategies.wrapper import Recovery, Unlearning
+from strategies.wrapper import Unlearning
 from unlearning.errors import NoLastRoundError, SecateurError
 from unlearning.fedup import disagreement, fedup
 from unlearning.parameters import mean, prunable_names, weighted_mean
@@ -463,7 +464,7 @@ def test_flags_from_before_an_unlearning_are_not_held_against_anybody_after_it(s
 def test_the_model_settles_for_a_few_rounds_and_no_longer(scripted_grid):
     flags = {1: [client(4)], **{number: [client(3)] for number in range(2, 12)}}
     federation = forgetting(lambda number: flags.get(number, []), limit=1)
-    federation.recovery = Recovery(cap=12)
+    federation.recovery.rule = Recovery(cap=12)
     records, _ = play(federation, scripted_grid(noisy()), 10)
     assert {r.number: list(r.quarantined) for r in records if r.quarantined} == {
         1: [client(4)],
@@ -609,7 +610,7 @@ def test_forgetting_that_can_never_finish_is_given_up(scripted_grid):
         return noisy()(partition, number, model)
 
     federation = forgetting(lambda number: [client(4)] if number == 1 else [])
-    federation.recovery = Recovery(cap=50)
+    federation.recovery.rule = Recovery(cap=50)
     with pytest.raises(QuorumError, match="the last 20 rounds made no model"):
         play(federation, scripted_grid(reply), 2)
 
@@ -661,7 +662,7 @@ def accuracies(curve):
 
 def test_recovery_ends_when_validation_accuracy_is_back(scripted_grid):
     federation = forgetting(lambda number: [client(4)] if number == 4 else [])
-    federation.recovery = Recovery(tolerance=0.02, cap=9)
+    federation.recovery.rule = Recovery(tolerance=0.02, cap=9)
     curve = {1: 0.5, 2: 0.88, 3: 0.9, 4: 0.3, 5: 0.8, 6: 0.87999, 7: 0.88, 8: 0.9}
     records, _ = play(federation, scripted_grid(noisy()), 4, measure=accuracies(curve))
     done = records[4].unlearning
