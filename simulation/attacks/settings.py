@@ -8,10 +8,14 @@ DEFAULT_PAIRS = {
     "cifar10": ((3, 5), (1, 9)),
     "fashion-mnist": ((0, 6), (2, 4)),
     "mnist": ((4, 9), (3, 5)),
-    "digits": ((3, 8), (1, 8)),
+    "digits": ((1, 8), (4, 5)),
     "breast-cancer": ((0, 1),),
 }
-"""Classes that clean models confuse most, per built-in task (``methods`` 7.1)."""
+"""Classes that clean models confuse most, per built-in task; disjoint, the most confused first.
+
+Measured for digits, MNIST and Fashion-MNIST by counting confusions of clean models on the test
+data; for CIFAR-10 the usual pairs of cat and dog, and of car and truck.
+"""
 
 
 class Attack(BaseModel):
