@@ -7,9 +7,9 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, Strateg
 from torch import nn
 
 from client.task.device import choose_device
-from client.task.evaluation import evaluate, load_state
+from client.task.evaluation import accuracy_of, evaluate, load_state
 from client.task.models import prunable_layers
-from client.task.protocol import Task
+from client.task.protocol import Task, server_data
 from server.settings import Settings, SettingsError
 from strategies.detectors.catalogue import DETECTORS
 from strategies.detectors.interface import Detector
@@ -98,7 +98,7 @@ def central_measure(task: Task, model: nn.Module, settings: Settings) -> Measure
 
     ``model`` is used as a scratch pad.
     """
-    data = task.server_data()
+    data = server_data(task)
     device = choose_device(settings.device)
     parts = {VALIDATION: data.validation, TEST: data.test}
 
@@ -108,7 +108,7 @@ def central_measure(task: Task, model: nn.Module, settings: Settings) -> Measure
         measures: dict[str, float | None] = {}
         for name, examples in parts.items():
             found = evaluate(task, model, examples, device=device) if examples is not None else {}
-            measures[name] = found.get("accuracy")
+            measures[name] = accuracy_of(found)
         return measures
 
     return measure

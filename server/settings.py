@@ -116,7 +116,7 @@ def describe(error: ValidationError) -> list[str]:
             message = f"unknown key {key!r}"
         elif fault["type"] == "missing":
             message = f"missing key {key!r}"
-        elif key:
+        elif key and fault["type"] != "value_error":
             rule = message[0].lower() + message[1:]
             message = f"{key} = {fault['input']!r}: {rule}"
         if message not in faults:

@@ -1,11 +1,14 @@
 """Commands that run experiments. Everything heavy is imported only when a command runs."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from simulation.scenario import Scenario
 
 commands = typer.Typer(add_completion=False)
+
 
 Engine = Literal["ray", "inprocess"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -86,15 +90,23 @@ def execute(
     from simulation.scenario import load_scenario  # noqa: PLC0415
 
     scenario = load_scenario(name, overrides)
-    folder = out or Path("runs") / f"{scenario.name}-seed{scenario.settings.seed}"
+    folder = out or default_folder(scenario, overrides)
     created = prepare_folder(folder)
-    try:
-        with Progress(scenario, engine) as progress:
-            experiment = play(scenario, engine, progress)
-        report = write(experiment, engine, folder)
-    except BaseException:
+
+    def clean_up() -> None:
         for path in created:
             shutil.rmtree(path, ignore_errors=True)
+
+    def interrupted() -> None:
+        clean_up()
+        sys.stderr.write("\nsecateur: interrupted\n")
+
+    try:
+        with Progress(scenario, engine) as progress:
+            experiment = play(scenario, engine, progress, interrupted)
+        report = write(experiment, engine, folder)
+    except BaseException:
+        clean_up()
         raise
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -102,7 +114,21 @@ def execute(
         summary(report, folder)
 
 
-def play(scenario: "Scenario", engine: Engine, progress: Any) -> "Experiment":
+def default_folder(scenario: "Scenario", overrides: Mapping[str, Any]) -> Path:
+    """Return where a report goes unless told otherwise: a run with changed settings has its own."""
+    name = f"{scenario.name}-seed{scenario.settings.seed}"
+    from simulation.scenario import UNTOLD  # noqa: PLC0415
+
+    changes = {key: value for key, value in overrides.items() if key not in UNTOLD}
+    if changes:
+        text = json.dumps(changes, sort_keys=True, default=str)
+        name += f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return Path("runs") / name
+
+
+def play(
+    scenario: "Scenario", engine: Engine, progress: Any, interrupted: Callable[[], None]
+) -> "Experiment":
     """Run a scenario on an engine."""
     from client.task.device import choose_device  # noqa: PLC0415
     from client.task.protocol import load_task  # noqa: PLC0415
@@ -118,7 +144,13 @@ def play(scenario: "Scenario", engine: Engine, progress: Any) -> "Experiment":
         from simulation.engines import ray  # noqa: PLC0415
 
         logging.getLogger("flwr").setLevel(logging.ERROR)
-        ray.run(experiment.play, app, clients, gpu=device.type == "cuda")
+        ray.run(
+            experiment.play,
+            app,
+            clients,
+            gpu=device.type == "cuda",
+            on_interrupt=interrupted,
+        )
     else:
         from simulation.engines.inprocess import InProcessGrid  # noqa: PLC0415
 

@@ -296,8 +296,20 @@ def _accuracy(facts: Facts) -> Iterator[str]:
         yield f"At the end of the run, in round {final['round']}, it was {percent(end)}."
 
 
+def _warming(settings: Mapping[str, Any]) -> str:
+    rounds = settings["warm-up"]
+    return f"; rounds up to round {rounds} do not count" if rounds else ""
+
+
 def _alerts(facts: Facts) -> Iterator[str]:
     """Yield what went wrong, plainly."""
+    if facts.detecting:
+        played = [r for r in facts.rounds if r["round"] > 0]
+        if played and not any(r["scores"] for r in played):
+            why = next((r["finding"] for r in played if r["finding"]), "it saw no updates")
+            yield f"The detector could not judge a single round: {why}."
+        elif played and facts.report["settings"]["warm-up"] >= played[-1]["round"]:
+            yield "The warm-up lasted as long as the run: no flag could count."
     if facts.mistaken:
         was = "was" if len(facts.mistaken) == 1 else "were"
         yield f"{listed(sorted(facts.mistaken))} did nothing wrong and {was} forgotten by mistake."
@@ -526,8 +538,7 @@ def _detection(facts: Facts) -> Iterator[str]:
         return
     yield (
         f"A client is put in quarantine once {settings['hits']} of the last "
-        f"{settings['window']} rounds that it took part in have flagged it; the first "
-        f"{counted(settings['warm-up'], 'round')} do not count."
+        f"{settings['window']} rounds that it took part in have flagged it{_warming(settings)}."
     )
     honest = sorted(set(facts.report["ever_flagged"]) - facts.malicious)
     spared = [client for client in honest if client not in facts.quarantined]

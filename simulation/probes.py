@@ -1,6 +1,6 @@
 """What a scenario measures of a model, knowing who attacks and how. No decision ever reads it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from client.task.device import choose_device
-from client.task.evaluation import load_state, predict
-from client.task.protocol import Examples, Task
+from client.task.evaluation import accuracy_of, load_state, predict
+from client.task.protocol import Examples, Task, server_data
 from server.federation import TEST
 from simulation.attacks.client import PoisonedTask, gather
 from simulation.attacks.poison import stamp
@@ -22,11 +22,11 @@ MEASURES = (TEST, VALIDATION, FORGET, BACKDOOR, FLIP)
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs, and for each the prediction that counts as a hit."""
+    """Inputs, and for each the class whose prediction counts as a hit."""
 
     examples: Examples
     wanted: Tensor | None = None
-    """Class a hit predicts, shape (n,); the examples' own targets where ``None``."""
+    """Shape (n,); the examples' own targets where ``None``."""
 
 
 @dataclass
@@ -39,41 +39,50 @@ class Probes:
     the share of flipped training examples predicted as the flipped label (``methods`` 8).
     """
 
+    task: Task
     model: nn.Module
     """A scratch pad."""
     device: str
     probes: Mapping[str, Probe] = field(default_factory=dict)
 
     def hits(self, parameters: Parameters) -> dict[str, Tensor]:
-        """Return, per measure, which examples the model hits; bool, shape (n,)."""
-        load_state(self.model, parameters)
-        device = choose_device(self.device)
-        found = {}
-        for name, probe in self.probes.items():
-            outputs, targets = predict(self.model, probe.examples, device=device)
-            wanted = targets if probe.wanted is None else probe.wanted
-            found[name] = outputs.argmax(dim=1) == wanted
-        return found
+        """Return, per measure, which examples the model hits; bool, shape (n,).
+
+        Measures of a task that does not classify have no hits.
+        """
+        return {
+            name: outputs.argmax(dim=1) == wanted
+            for name, outputs, wanted in self._predictions(parameters)
+            if outputs.dim() == 2 and not wanted.is_floating_point()
+        }
 
     def measure(self, number: int, parameters: Parameters) -> dict[str, float | None]:
-        """Return every measure; ``None`` where the scenario has no examples for it."""
+        """Return every measure; ``None`` where the scenario has no examples for it.
+
+        Test and validation accuracy are the task's own, whatever it calls accurate.
+        """
         del number
-        return shares(self.hits(parameters))
+        found: dict[str, float | None] = dict.fromkeys(MEASURES)
+        for name, outputs, wanted in self._predictions(parameters):
+            if name in (TEST, VALIDATION):
+                found[name] = accuracy_of(self.task.metrics(outputs, wanted))
+            elif len(wanted):
+                found[name] = float((outputs.argmax(dim=1) == wanted).double().mean())
+        return found
 
-
-def shares(hits: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """Return the share of hits of every measure, ``None`` for those not taken."""
-    return {
-        name: float(hits[name].double().mean()) if name in hits and hits[name].numel() else None
-        for name in MEASURES
-    }
+    def _predictions(self, parameters: Parameters) -> Iterator[tuple[str, Tensor, Tensor]]:
+        load_state(self.model, parameters)
+        device = choose_device(self.device)
+        for name, probe in self.probes.items():
+            outputs, targets = predict(self.model, probe.examples, device=device)
+            yield name, outputs, targets if probe.wanted is None else probe.wanted
 
 
 def build_probes(
     task: Task, poisoned: PoisonedTask | None, clients: int, model: nn.Module, device: str
 ) -> Probes:
     """Return the measures for a task and an attack on it, if there is one."""
-    data = task.server_data()
+    data = server_data(task)
     probes: dict[str, Probe] = {}
     if data.test is not None:
         probes[TEST] = Probe(data.test)
@@ -81,7 +90,7 @@ def build_probes(
         probes[VALIDATION] = Probe(data.validation)
     if poisoned is not None and poisoned.attackers:
         probes |= _attack_probes(poisoned, clients, data.test)
-    return Probes(model, device, probes)
+    return Probes(task, model, device, probes)
 
 
 def _attack_probes(poisoned: PoisonedTask, clients: int, test: Examples | None) -> dict[str, Probe]:

@@ -36,6 +36,7 @@ class Progress:
             TimeElapsedColumn(),
             TextColumn("{task.fields[state]}"),
             console=self._console,
+            disable=not self._console.is_terminal,  # a bar in a file is noise
         )
         self._tasks: dict[str, Any] = {}
 
@@ -135,7 +136,7 @@ def summary(report: dict[str, Any], folder: Path) -> None:
             bound = unlearning["recovery_bound"]
             console.print(
                 f"{unlearning['method']} in round {unlearning['round']}: recovery took "
-                f"{unlearning['recovery_rounds']} rounds ({unlearning['recovery_ended_by']}"
+                f"{_rounds(unlearning['recovery_rounds'])} ({unlearning['recovery_ended_by']}"
                 + (f", bound {bound})" if bound is not None else ")")
             )
     needed = report["retrain_rounds_needed"]
@@ -150,6 +151,10 @@ def summary(report: dict[str, Any], folder: Path) -> None:
     for question, verdict in report["verdict"].items():
         console.print(f"{question.replace('_', ' ')}: {_verdict(verdict)}")
     console.print(f"report: {folder / 'report.html'}")
+
+
+def _rounds(count: int) -> str:
+    return "1 round" if count == 1 else f"{count} rounds"
 
 
 def _percent(value: float | None) -> str:

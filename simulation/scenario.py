@@ -12,6 +12,8 @@ from server.settings import Settings, describe
 from simulation.attacks.settings import Attack
 from unlearning.errors import SecateurError
 
+UNTOLD = {"seed", "data-dir", "device"}
+"""Overrides that do not change what a scenario is about."""
 TABLES = ("clients", "attack", "baselines", "settings")
 
 
@@ -151,9 +153,12 @@ def parse_scenario(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Scen
         scenario = Scenario.model_validate(merged)
     except ValidationError as error:
         raise ScenarioError(f"scenario {merged['name']}: {'; '.join(describe(error))}") from error
-    if not scenario.clients.malicious:
-        return scenario.model_copy(update={"attack": None})
-    return scenario
+    update: dict[str, Any] = {} if scenario.clients.malicious else {"attack": None}
+    changes = {key: value for key, value in overrides.items() if key not in UNTOLD}
+    if changes:
+        told = ", ".join(f"{key} = {value}" for key, value in changes.items())
+        update["summary"] = f"{scenario.summary} (changed here: {told})"
+    return scenario.model_copy(update=update)
 
 
 def _extended(raw: Mapping[str, Any], seen: tuple[str, ...]) -> dict[str, Any]:

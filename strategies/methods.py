@@ -243,14 +243,14 @@ METHODS = {
         "Train again from round 0 without them",
         "exact",
         True,
-        "the gold baseline; methods 2.1",
+        "the gold baseline",
     ),
     "natural": MethodEntry(
         NaturalForgetting,
         "Go on without them and change nothing else",
         "none",
         True,
-        "the null hypothesis; methods 2.2",
+        "the null hypothesis",
     ),
 }
 """Every method that a federation can be set to."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from client.task.protocol import Examples, Task, size_of
+from client.task.protocol import Examples, Task, TaskError, size_of
 from unlearning.parameters import Parameters
 
 EVALUATION_BATCH = 1024
@@ -22,6 +22,23 @@ def evaluate(
         return {}
     metrics: Mapping[str, float] = task.metrics(outputs, targets)
     return {"loss": float(task.loss(outputs, targets)), **metrics}
+
+
+def accuracy_of(metrics: Mapping[str, float]) -> float | None:
+    """Return a task's accuracy; ``None`` where it has none.
+
+    Raises
+    ------
+    TaskError
+        If it is no share: recovery is judged by it, and reports promise one.
+    """
+    accuracy = metrics.get("accuracy")
+    if accuracy is not None and not 0 <= accuracy <= 1:
+        raise TaskError(
+            f"the task's metric 'accuracy' is {accuracy:g}; it must lie in [0, 1] (a share, not "
+            "percent)"
+        )
+    return accuracy
 
 
 @torch.no_grad()

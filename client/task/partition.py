@@ -1,5 +1,6 @@
 """Divide a data set among simulated clients, with flwr-datasets' partitioners."""
 
+import logging
 from typing import Any
 
 import torch
@@ -44,10 +45,20 @@ def partition_indices(
     rows = Dataset.from_dict({"row": order.tolist(), "label": targets[order].tolist()})
     partitioner = _partitioner(scheme, partitions, alpha, partition_seed)
     partitioner.dataset = rows
-    return [
-        torch.tensor(partitioner.load_partition(number)["row"], dtype=torch.int64)
-        for number in range(partitions)
-    ]
+    quiet = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # the partitioner logs every attempt at length
+    try:
+        return [
+            torch.tensor(partitioner.load_partition(number)["row"], dtype=torch.int64)
+            for number in range(partitions)
+        ]
+    except ValueError as error:
+        raise TaskError(
+            f"a Dirichlet partition with alpha {alpha:g} leaves some of {partitions} clients fewer "
+            f"than {MIN_EXAMPLES} of {len(targets)} examples; use a larger alpha or fewer clients"
+        ) from error
+    finally:
+        logging.getLogger().setLevel(quiet)
 
 
 def _partitioner(scheme: str, partitions: int, alpha: float, seed: int) -> Any:

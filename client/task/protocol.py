@@ -155,6 +155,11 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def server_data(task: Task) -> ServerData:
+    """Return what the server may measure on; a task may say ``None`` for nothing."""
+    return task.server_data() or ServerData()
+
+
 def size_of(examples: Examples) -> int:
     """Return how many examples there are."""
     if not isinstance(examples, Sized):

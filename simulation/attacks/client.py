@@ -20,6 +20,7 @@ from client.task.protocol import (
     Task,
     TaskOptions,
     load_task,
+    server_data,
     size_of,
 )
 from simulation.attacks.poison import CORNERS, AttackError, Poisoned, backdoor, boost, label_flip
@@ -87,7 +88,7 @@ class PoisonedTask:
 
     def classes(self) -> int:
         """Return the number of classes, judged by the server's test labels."""
-        test = self.task.server_data().test
+        test = server_data(self.task).test
         if test is None:
             raise AttackError("an attack needs the server's test data to know the classes")
         return int(gather(test)[1].max()) + 1

@@ -1,9 +1,12 @@
 """Flower's Ray simulation: the one place that starts it."""
 
+import contextlib
 import logging
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Before Flower is imported: a simulation sends nothing to anybody.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -17,6 +20,25 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 
+@contextlib.contextmanager
+def _ends_on_interrupt(last_words: Callable[[], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def leave(number: int, frame: object) -> None:
+        del number, frame
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        last_words()
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run(
     play: Callable[[Grid], None],
     app: ClientApp,
@@ -24,6 +46,7 @@ def run(
     *,
     gpu: bool = False,
     cpus: int | None = None,
+    on_interrupt: Callable[[], None] = lambda: None,
 ) -> None:
     """Run ``play`` as the ServerApp of a simulation with ``clients`` clients.
 
@@ -37,6 +60,9 @@ def run(
         Whether the processes share a GPU.
     cpus
         CPUs to use; all by default.
+    on_interrupt
+        Called on Ctrl-C, after which the process ends at once with status 130: Flower's threads
+        would otherwise keep it alive, waiting for clients that are gone.
     """
     cpus = cpus or os.cpu_count() or 1
     failures: list[BaseException] = []
@@ -60,7 +86,7 @@ def run(
             "logging_level": logging.ERROR,
         },
     }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _ends_on_interrupt(on_interrupt):
         warnings.simplefilter("ignore")
         run_simulation(
             server_app=server,

@@ -94,6 +94,44 @@ def test_a_task_of_ones_own_needs_neither_images_nor_classes():
     assert evaluate(task, model, Line(), device=CPU).keys() == {"loss"}
 
 
+class Rated(Regression):
+    def __init__(self, accuracy):
+        self.accuracy = accuracy
+
+    def server_data(self):
+        return ServerData(None, Line())
+
+    def metrics(self, outputs, targets):
+        return {"accuracy": self.accuracy}
+
+
+def test_measures_are_the_tasks_own_and_a_task_without_accuracy_has_none():
+    from simulation.probes import build_probes
+
+    def measured(task):
+        model = task.build_model()
+        probes = build_probes(task, None, 3, model, "cpu")
+        return probes.measure(1, state_of(model)), probes.hits(state_of(model))
+
+    measures, hits = measured(Rated(0.25))
+    assert measures["test_accuracy"] == 0.25
+    assert measures["validation_accuracy"] is None
+    assert hits == {}
+    with pytest.raises(TaskError, match="'accuracy' is 85; it must lie in"):
+        measured(Rated(85.0))
+
+    class Silent(Rated):
+        def metrics(self, outputs, targets):
+            return {"rmse": 3.0}
+
+    class Nothing(Rated):
+        def server_data(self):
+            return None
+
+    assert measured(Silent(0))[0]["test_accuracy"] is None
+    assert set(measured(Nothing(0))[0].values()) == {None}
+
+
 # ---------------------------------------------------------------- partitions
 @pytest.mark.parametrize(("scheme", "alpha"), [("iid", 1.0), ("dirichlet", 0.3)])
 def test_partitions_hold_every_row_once_and_follow_the_seed(scheme, alpha):

@@ -1,6 +1,10 @@
 """On real Ray: the demo's whole story, and that the engine changes nothing."""
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,3 +44,22 @@ def test_an_error_in_the_server_is_one_line_and_not_a_hang(tmp_path, capsys):
     assert done.value.code == 1
     assert "needs images of at least 3 x 3 pixels" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_ends_the_process_and_leaves_nothing(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server", "run", "demo", "--out", str(tmp_path / "new/folder")],
+        cwd=root,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stderr:
+        if line.startswith("round   2"):  # clients are at work
+            break
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "secateur: interrupted" in rest
+    assert not (tmp_path / "new").exists()

@@ -97,6 +97,8 @@ BAD = {
     "relative module": (["run", "demo", "--set", "task=.foo:bar"], 1, "task '.foo:bar' cannot be loaded"),
     "dropped attack": (["run", "clean", "--set", "attack.foo=1"], 2, "unknown key 'attack.foo'"),
     "table": (["run", "demo", "--set", "settings=3"], 2, "unknown key 'settings.settings'"),
+    "partition": (["run", "demo", "--engine", "inprocess", "--set", "partition=dirichlet", "--set", "alpha=0.05", "--set", "clients.total=60"], 1, "leaves some of 60 clients fewer than 10"),
+    "hits": (["run", "demo", "--set", "hits=5"], 2, "scenario demo: hits = 5 can never be reached within window = 4"),
     "unknown command": (["prune"], 2, "No such command 'prune'"),
     "folder": (["run", "demo", "--out", "file/inside"], 1, "cannot write to file/inside"),
 }  # fmt: skip
@@ -197,7 +199,20 @@ def test_a_run_without_json_ends_with_a_summary(capsys, tmp_path):
     assert code == 0, err
     assert "report: " in out
     assert "test accuracy" in out
-    assert (tmp_path / "runs/demo-seed0/report.json").exists()
+    (report,) = (tmp_path / "runs").glob("demo-seed0-*/report.json")
+    assert "changed here: rounds = 4" in report.read_text(encoding="utf-8")
+
+
+def test_only_a_run_as_written_uses_the_plain_folder():
+    from simulation.commands import default_folder
+    from simulation.scenario import load_scenario
+
+    demo = load_scenario("demo", {"seed": 3})
+    assert default_folder(demo, {"seed": 3, "data-dir": "x"}) == Path("runs/demo-seed3")
+    changed = default_folder(demo, {"seed": 3, "rounds": 9})
+    assert changed.name.startswith("demo-seed3-")
+    assert changed == default_folder(demo, {"rounds": 9, "seed": 3})
+    assert changed != default_folder(demo, {"rounds": 8, "seed": 3})
 
 
 def test_an_interrupted_run_leaves_no_folder(capsys, tmp_path, monkeypatch):
