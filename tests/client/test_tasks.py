@@ -286,6 +286,21 @@ def test_batches_hold_every_example_once_in_a_seeded_order():
     assert [len(t) for _, t in batches(data, 4, None)] == [4, 4, 2]
 
 
+def test_every_epoch_has_an_order_of_its_own():
+    seen = []
+
+    class Watching(Toy):
+        def loss(self, outputs, targets):
+            seen.append(targets.tolist())
+            return super().loss(outputs, targets % 2)
+
+    data = TensorDataset(toy().tensors[0], torch.arange(60))
+    settings = LocalTraining(local_epochs=2, batch_size=60)
+    train(Watching(), Toy().build_model(), data, settings, device=CPU, purpose=(1, 0))
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(60))
+    assert seen[0] != seen[1]
+
+
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(SecateurError, match="device 'cuda:99' is not available here"):
         choose_device("cuda:99")

@@ -67,8 +67,8 @@ def test_prunable_names_are_weights_of_two_or_more_dimensions():
 
 @pytest.mark.parametrize(
     ("size", "fraction", "count"),
-    # 5 * .2 = 1 exactly; 7 * .1 = .7 -> 1; 10 * .3 = 3.0000000000000004 in floats, but 3
-    [(5, 0.2, 1), (7, 0.1, 1), (10, 0.3, 3), (9, 0.0, 0), (9, 1.0, 9), (1000, 0.0001, 1)],
+    # 5 * .2 = 1 exactly; 7 * .1 = .7 -> 1; 100 * .07 = 7.000000000000001 in floats, but 7
+    [(5, 0.2, 1), (7, 0.1, 1), (100, 0.07, 7), (9, 0.0, 0), (9, 1.0, 9), (1000, 0.0001, 1)],
 )
 def test_top_count_rounds_up_but_not_rounding_errors(size, fraction, count):
     assert p.top_count(size, fraction) == count
