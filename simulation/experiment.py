@@ -15,7 +15,7 @@ from server.federation import TEST, build_federation, initial_model
 from simulation.attacks.client import AttackMod, load_poisoned
 from simulation.probes import Probes, build_probes
 from simulation.scenario import Scenario
-from strategies.directory import client_name, wait_for_nodes
+from strategies.directory import QuorumError, client_name, wait_for_nodes
 from strategies.loop import run_rounds
 from strategies.records import Phase, RoundRecord
 from strategies.wrapper import Unlearning
@@ -125,6 +125,9 @@ class Experiment:
             on_round=on_round,
         )
         last = self.outcome.rounds[-1]
+        if all(record.note for record in self.outcome.rounds[1:]):
+            why = next(iter(last.rejected.values()), last.note)
+            raise QuorumError(f"no round made a model: {last.note}; the last reason was: {why}")
         self.outcome.points["final"] = Point(last.number, final, dict(last.measures))
         self.outcome.roster = federation.roster.statuses()
         if "after" in self.outcome.points:

@@ -10,6 +10,7 @@ from simulation.experiment import Experiment, attackers, client_app
 from simulation.page import render
 from simulation.report import report_of, without_times
 from simulation.scenario import load_scenario, parse_overrides
+from strategies.directory import QuorumError
 
 SMALL = ["rounds=8", "warm-up=3", "local-epochs=2", "batch-size=16", "model=mlp", "optimizer=adam",
          "learning-rate=0.003", "weight-decay=0.0", "momentum=0.0", "pruning-rate=0.1",
@@ -126,6 +127,17 @@ def test_without_attackers_nobody_is_forgotten_and_nothing_is_made_up():
     assert report["final"]["backdoor_success"] is None
     assert report["speedup"] == {"rounds": None, "seconds": None}
     assert all(verdict["result"] == "inconclusive" for verdict in report["verdict"].values())
+
+
+def test_a_run_in_which_no_round_succeeds_is_an_error(monkeypatch):
+    from client import app
+
+    def broken(*_):
+        raise KeyError("oops")
+
+    monkeypatch.setattr(app, "train_reply", broken)
+    with pytest.raises(QuorumError, match="no round made a model: .*oops"):
+        run("clean", "rounds=2")
 
 
 def test_a_boosted_attacker_is_stopped_by_the_screen():
