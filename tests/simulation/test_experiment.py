@@ -136,7 +136,7 @@ def test_a_run_in_which_no_round_succeeds_is_an_error(monkeypatch):
         raise KeyError("oops")
 
     monkeypatch.setattr(app, "train_reply", broken)
-    with pytest.raises(QuorumError, match="no round made a model: .*oops"):
+    with pytest.raises(QuorumError, match=r"no round made a model: .*oops"):
         run("clean", "rounds=2")
 
 
