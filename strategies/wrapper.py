@@ -422,12 +422,8 @@ class Unlearning(Strategy):
         model: Parameters,
         noted: dict[str, str],
     ) -> None:
-        evidence = (
-            self.method.freeze(self.memory.last, model, clients)
-            if self.method is not None
-            else None
-        )
         if self.method is not None:
+            evidence = self.method.freeze(self.memory.last, model, clients)
             self.pending.append(Pending(tuple(sorted(clients)), cause, number, evidence))
         for client in clients:
             entry = self.roster.entry(client)

@@ -16,6 +16,12 @@ Reply = Callable[[int, int, Model], RecordDict]
 """Partition, round, global model -> content of the reply; may raise."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Threads cost more than they give on tensors this small."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _run_identity() -> None:
     """Let messages be built outside an engine: Flower's constructor asks who is running."""

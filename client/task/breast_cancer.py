@@ -4,10 +4,9 @@ from functools import partial
 
 import torch
 from sklearn.datasets import load_breast_cancer
-from torch.utils.data import TensorDataset
 
 from client.task import models
-from client.task.classification import Classification, three_parts
+from client.task.classification import Classification, in_parts, three_parts
 from client.task.protocol import TaskOptions
 
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.125
@@ -18,16 +17,13 @@ def breast_cancer(options: TaskOptions) -> Classification:
     raw = load_breast_cancer()
     inputs = torch.tensor(raw.data, dtype=torch.float32)
     targets = torch.tensor(raw.target, dtype=torch.int64)
-    train, validation, test = three_parts(
-        inputs, targets, test=TEST_SHARE, validation=VALIDATION_SHARE
-    )
-    mean, deviation = inputs[train].mean(dim=0), inputs[train].std(dim=0)
-    return Classification(
-        options=options,
-        inputs=inputs[train],
-        targets=targets[train],
-        validation=TensorDataset(inputs[validation], targets[validation]),
-        test=TensorDataset(inputs[test], targets[test]),
+    parts = three_parts(inputs, targets, test=TEST_SHARE, validation=VALIDATION_SHARE)
+    mean, deviation = inputs[parts[0]].mean(dim=0), inputs[parts[0]].std(dim=0)
+    return in_parts(
+        options,
+        inputs,
+        targets,
+        parts,
         classes=2,
         make_model=partial(
             models.build,

@@ -99,6 +99,28 @@ def three_parts(
     return rest[kept], rest[chosen], test_rows
 
 
+def in_parts(
+    options: TaskOptions,
+    inputs: Tensor,
+    targets: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    *,
+    classes: int,
+    make_model: Callable[[], nn.Module],
+) -> Classification:
+    """Return the task over one set of examples, given the indices from ``three_parts``."""
+    train, validation, test = parts
+    return Classification(
+        options=options,
+        inputs=inputs[train],
+        targets=targets[train],
+        validation=TensorDataset(inputs[validation], targets[validation]),
+        test=TensorDataset(inputs[test], targets[test]),
+        classes=classes,
+        make_model=make_model,
+    )
+
+
 def held_out(
     inputs: Tensor, targets: Tensor, *, share: float, purpose: str
 ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """The private pieces of Flower that an engine needs, in one place; held by a contract test."""
 
 import uuid
-from collections.abc import Mapping
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -44,15 +43,4 @@ def client_context(run_id: int, node_id: int, partition: int, partitions: int) -
         node_config={"partition-id": partition, "num-partitions": partitions},
         state=RecordDict(),
         run_config={},
-    )
-
-
-def server_context(run_id: int, config: Mapping[str, bool | int | float | str]) -> Context:
-    """Return the context of a ServerApp."""
-    return Context(
-        run_id=run_id,
-        node_id=SUPERLINK_NODE_ID,
-        node_config={},
-        state=RecordDict(),
-        run_config=dict(config),
     )

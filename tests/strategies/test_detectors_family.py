@@ -17,15 +17,6 @@ PARAMETERS = sum(math.prod(shape) for shape in SHAPES.values())
 every = pytest.mark.parametrize("name", DETECTORS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than they give on matrices of ten rows."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def names(count):
     return [f"client-{index:02d}" for index in range(count)]
 
