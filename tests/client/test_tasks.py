@@ -262,6 +262,18 @@ def test_the_proximal_term_pulls_towards_the_global_model():
     assert moved(5.0) < moved(0.0) / 2
 
 
+def test_two_proximal_sgd_steps_by_hand():
+    # As in the next test, with mu = 2, from w = b = 0. Step 1: the pull is 0, gradient -6, both
+    # become .6. Step 2: gradient 2 (1.2 - 3) + mu .6 = -3.6 + 1.2 = -2.4, both become .84.
+    model = nn.Linear(1, 1)
+    load_state(model, {"weight": torch.zeros(1, 1), "bias": torch.zeros(1)})
+    data = TensorDataset(torch.ones(1, 1), torch.full((1, 1), 3.0))
+    settings = LocalTraining(local_epochs=2, batch_size=1, learning_rate=0.1, proximal_mu=2.0)
+    train(Regression(), model, data, settings, device=CPU, purpose=(1, 0))
+    assert float(model.weight) == pytest.approx(0.84)
+    assert float(model.bias) == pytest.approx(0.84)
+
+
 def test_one_sgd_step_by_hand():
     # One example x = 1, y = 3 on y = w x + b from w = b = 0: loss (w + b - 3)^2, gradient -6 in
     # both. With a step of .1 both become .6.
