@@ -8,19 +8,22 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
-from client import train as local
+from client.scratch import scratch_for
 from client.task import evaluation
 from client.task.device import choose_device
-from client.task.protocol import Task, TaskOptions, load_task, size_of
+from client.task.protocol import TaskOptions, load_task, size_of
+from client.train import Job, do
 from strategies import messages
+from unlearning.parameters import Parameters
 
-LoadTask = Callable[[TaskOptions], Task]
+MakeJob = Callable[[Message, Context, TaskOptions], Job]
+"""Says what one client does with a ``train`` message."""
 
 
 def build_app(
     config: Mapping[str, Any] | None = None,
     *,
-    load: LoadTask = load_task,
+    job: MakeJob | None = None,
     mods: Sequence[Mod] = (),
 ) -> ClientApp:
     """Return a ClientApp.
@@ -29,23 +32,29 @@ def build_app(
     ----------
     config
         Run configuration, where the engine has none of its own; otherwise Flower's is used.
-    load
-        Finds the task.
+    job
+        Says what to train on; ``honest_job`` by default.
     mods
         Flower mods around every message.
     """
     app = ClientApp(mods=list(mods))
+    make_job = job or honest_job
+    fixed = TaskOptions.model_validate(config) if config is not None else None
 
     def options(context: Context) -> TaskOptions:
-        return TaskOptions.model_validate(config if config is not None else context.run_config)
+        return fixed if fixed is not None else TaskOptions.model_validate(context.run_config)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return train_reply(message, context, options(context), load)
+        use_one_thread()
+        chosen = make_job(message, context, options(context))
+        model, metrics = do(chosen, start_of(message))
+        content = messages.train_reply(model, metrics, size_of(chosen.examples))
+        return Message(content, reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return evaluate_reply(message, context, options(context), load)
+        return evaluate_reply(message, context, options(context))
 
     @app.query("identity")
     def identity(message: Message, context: Context) -> Message:
@@ -56,35 +65,33 @@ def build_app(
     return app
 
 
-def train_reply(
-    message: Message, context: Context, options: TaskOptions, load: LoadTask
-) -> Message:
-    """Train on this client's data and reply with the model."""
-    settings = training_settings(message)
-    device = _prepare(options)
-    task = load(options)
-    examples = task.client_data(*partition_of(context)).train
-    model = _model(task, message)
-    purpose = (_round(message), _stream(context))
-    metrics = local.train(task, model, examples, settings, device=device, purpose=purpose)
-    content = messages.train_reply(evaluation.state_of(model), metrics, size_of(examples))
-    return Message(content, reply_to=message)
+def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
+    """Train on this client's own data, as the server's message says."""
+    task = load_task(options)
+    return Job(
+        task,
+        task.client_data(*partition_of(context)).train,
+        training_settings(message),
+        (round_of(message), _stream(context)),
+        choose_device(options.device),
+    )
 
 
-def evaluate_reply(
-    message: Message, context: Context, options: TaskOptions, load: LoadTask
-) -> Message:
+def evaluate_reply(message: Message, context: Context, options: TaskOptions) -> Message:
     """Evaluate the model on this client's test data and reply with the metrics."""
-    device = _prepare(options)
-    task = load(options)
+    use_one_thread()
+    device = choose_device(options.device)
+    task = load_task(options)
     examples = task.client_data(*partition_of(context)).test
-    metrics = evaluation.evaluate(task, _model(task, message), examples, device=device)
+    scratch = scratch_for(task, device)
+    scratch.load(start_of(message))
+    metrics = evaluation.evaluate(task, scratch.model, examples, device=device)
     return Message(messages.evaluate_reply(metrics, size_of(examples)), reply_to=message)
 
 
 def training_settings(message: Message) -> messages.LocalTraining:
     """Read and validate what the server said about local training."""
-    record = message.content.config_records[messages.CONFIG]
+    record = message.content[messages.CONFIG]
     return messages.LocalTraining.model_validate(dict(record))
 
 
@@ -94,22 +101,19 @@ def partition_of(context: Context) -> tuple[int, int]:
     return int(config.get(messages.PARTITION, 0)), int(config.get("num-partitions", 1))
 
 
-def _prepare(options: TaskOptions) -> torch.device:
-    # More threads would add up sums in another order, and clients share the machine's cores.
+def use_one_thread() -> None:
+    """Compute on one thread: more would add up sums in another order, and clients share cores."""
     torch.set_num_threads(1)
-    return choose_device(options.device)
 
 
-def _model(task: Task, message: Message) -> torch.nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        model = task.build_model()
-    record = message.content.array_records[messages.ARRAYS]
-    evaluation.load_state(model, messages.parameters_from(record))
-    return model
+def start_of(message: Message) -> Parameters:
+    """Return the model that came with a message; not to be written to."""
+    return messages.shared_parameters(message.content[messages.ARRAYS])  # type: ignore[arg-type]
 
 
-def _round(message: Message) -> int:
-    return int(message.content.config_records[messages.CONFIG][messages.SERVER_ROUND])  # type: ignore[arg-type]
+def round_of(message: Message) -> int:
+    """Return the number of the round that a message belongs to."""
+    return int(message.content[messages.CONFIG][messages.SERVER_ROUND])  # type: ignore[arg-type]
 
 
 def _stream(context: Context) -> int:

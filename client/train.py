@@ -1,12 +1,48 @@
 """Local training in plain PyTorch; no Flower here."""
 
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from client.task.evaluation import batches
+from client.scratch import scratch_for
+from client.task.evaluation import batches, state_of
 from client.task.protocol import Examples, Task
 from strategies.messages import LocalTraining
+from unlearning.parameters import Parameters
 from unlearning.randomness import derive_seed, generator
+
+Finish = Callable[[Parameters, Parameters], Parameters]
+"""Global model and trained model -> the model that is sent."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What one client does in one round.
+
+    Whoever runs clients may look at jobs before they are done, and do many at once.
+    """
+
+    task: Task
+    """Builds the model and defines the loss."""
+    examples: Examples
+    settings: LocalTraining
+    purpose: tuple[int, int]
+    """Round and client: with the seed they fix the order of the batches and every dropout mask."""
+    device: torch.device
+    finish: Finish = lambda start, model: model
+
+
+def do(job: Job, start: Parameters) -> tuple[Parameters, dict[str, float]]:
+    """Train from ``start``; return the model to send, on the CPU, and the metrics."""
+    scratch = scratch_for(job.task, job.device)
+    scratch.load(start)
+    metrics = train(
+        job.task, scratch.model, job.examples, job.settings, device=job.device, purpose=job.purpose
+    )
+    return job.finish(start, state_of(scratch.model)), metrics
 
 
 def train(
@@ -16,29 +52,27 @@ def train(
     settings: LocalTraining,
     *,
     device: torch.device,
-    purpose: tuple[str | int, ...],
+    purpose: tuple[int, int],
 ) -> dict[str, float]:
     """Train ``model`` in place and return the mean loss of the last epoch.
 
-    Parameters
-    ----------
-    purpose
-        Round and client: with the seed they fix the order of the batches and every dropout mask,
-        so the same call always gives the same weights on a CPU.
+    The same call always gives the same weights on a CPU.
     """
-    start = [parameter.detach().clone().to(device) for parameter in model.parameters()]
     model.to(device).train()
-    optimizer = _optimizer(model, settings)
+    trainable = list(model.parameters())
+    start = [p.detach().clone() for p in trainable] if settings.proximal_mu else []
+    optimizer = optimizer_for(trainable, settings, purpose[0])
     loss_sum, count = 0.0, 0
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(settings.seed, "dropout", *purpose))
+        seed_dropout(device, derive_seed(settings.seed, "dropout", *purpose))
         for epoch in range(settings.local_epochs):
-            order = generator(settings.seed, "shuffle", *purpose, epoch)
+            order = shuffling(settings, purpose, epoch)
             loss_sum, count = 0.0, 0
             for inputs, targets in batches(examples, settings.batch_size, order):
                 optimizer.zero_grad()
-                loss = task.loss(model(inputs.to(device)), targets.to(device))
-                objective = loss + _proximal(model, start, settings.proximal_mu)
+                with precision(settings, device):
+                    loss = task.loss(model(inputs.to(device)), targets.to(device))
+                objective = loss + proximal(trainable, start, settings.proximal_mu)
                 objective.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 loss_sum += float(loss.detach()) * len(targets)
@@ -46,28 +80,52 @@ def train(
     return {"loss": loss_sum / count} if count else {}
 
 
-def _optimizer(model: nn.Module, settings: LocalTraining) -> torch.optim.Optimizer:
+def shuffling(settings: LocalTraining, purpose: tuple[int, int], epoch: int) -> torch.Generator:
+    """Return what the order of a client's examples in one epoch is drawn from."""
+    return generator(settings.seed, "shuffle", *purpose, epoch)
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the generator that dropout on ``device`` draws from.
+
+    ``torch.manual_seed`` would take note of the call for every kind of accelerator, for ever.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def precision(
+    settings: LocalTraining, device: torch.device
+) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which losses are computed."""
+    if settings.precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def learning_rate(settings: LocalTraining, number: int) -> float:
+    """Return the step size of round ``number``."""
+    milestones = [int(text) for text in settings.learning_rate_milestones.split(",") if text]
+    passed = sum(number > milestone for milestone in milestones)
+    return settings.learning_rate * settings.learning_rate_factor**passed
+
+
+def optimizer_for(
+    parameters: Iterable[Tensor], settings: LocalTraining, number: int
+) -> torch.optim.Optimizer:
+    """Return a fresh optimizer for round ``number``."""
+    rate = learning_rate(settings, number)
     if settings.optimizer == "adam":
-        return torch.optim.Adam(
-            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=settings.weight_decay)
     return torch.optim.SGD(
-        model.parameters(),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
+        parameters, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
 
 
-def _proximal(model: nn.Module, start: list[Tensor], mu: float) -> Tensor | float:
+def proximal(parameters: Sequence[Tensor], start: Sequence[Tensor], mu: float) -> Tensor | float:
     """Return FedProx's ``mu / 2 ||w - w_global||^2`` (arXiv:1812.06127, eq. 2)."""
     if mu == 0:
         return 0.0
-    return (
-        mu
-        / 2
-        * sum(
-            (parameter - origin).square().sum()
-            for parameter, origin in zip(model.parameters(), start, strict=True)
-        )
-    )
+    pairs = zip(parameters, start, strict=True)
+    return mu / 2 * sum((parameter - origin).square().sum() for parameter, origin in pairs)

@@ -8,11 +8,11 @@ import torch
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from client.app import build_app
+from client.app import MakeJob, build_app, honest_job
 from client.task.evaluation import state_of
 from client.task.protocol import load_task
 from server.federation import TEST, build_federation, initial_model
-from simulation.attacks.client import AttackMod, load_poisoned
+from simulation.attacks.client import AttackedJobs, load_poisoned
 from simulation.probes import Probes, build_probes
 from simulation.scenario import Scenario
 from strategies.directory import QuorumError, client_name, wait_for_nodes
@@ -76,12 +76,17 @@ def attackers(scenario: Scenario) -> tuple[int, ...]:
     return tuple(sorted(order[: scenario.clients.malicious].tolist()))
 
 
-def client_app(scenario: Scenario) -> ClientApp:
-    """Return the ordinary ClientApp, with the scenario's attack around it."""
-    config = scenario.settings.task_options().model_dump(by_alias=True)
+def client_jobs(scenario: Scenario) -> MakeJob:
+    """Return what the scenario's clients do: their own training, or the attack."""
     if scenario.attack is None or not scenario.clients.malicious:
-        return build_app(config)
-    return build_app(config, mods=[AttackMod(scenario.attack, attackers(scenario), config)])
+        return honest_job
+    return AttackedJobs(scenario.attack, attackers(scenario))
+
+
+def client_app(scenario: Scenario) -> ClientApp:
+    """Return the ordinary ClientApp, doing the scenario's jobs."""
+    config = scenario.settings.task_options().model_dump(by_alias=True)
+    return build_app(config, job=client_jobs(scenario))
 
 
 class Experiment:

@@ -11,7 +11,7 @@ from client.task.device import choose_device
 from client.task.evaluation import accuracy_of, load_state, predict
 from client.task.protocol import Examples, Task, server_data
 from server.federation import TEST
-from simulation.attacks.client import PoisonedTask, gather
+from simulation.attacks.client import PoisonedData, gather
 from simulation.attacks.poison import stamp
 from strategies.recovery import VALIDATION
 from unlearning.parameters import Parameters
@@ -79,7 +79,7 @@ class Probes:
 
 
 def build_probes(
-    task: Task, poisoned: PoisonedTask | None, clients: int, model: nn.Module, device: str
+    task: Task, poisoned: PoisonedData | None, clients: int, model: nn.Module, device: str
 ) -> Probes:
     """Return the measures for a task and an attack on it, if there is one."""
     data = server_data(task)
@@ -93,7 +93,7 @@ def build_probes(
     return Probes(task, model, device, probes)
 
 
-def _attack_probes(poisoned: PoisonedTask, clients: int, test: Examples | None) -> dict[str, Probe]:
+def _attack_probes(poisoned: PoisonedData, clients: int, test: Examples | None) -> dict[str, Probe]:
     parts = [poisoned.poisoned(partition, clients) for partition in poisoned.attackers]
     inputs = torch.cat([part.inputs for part in parts])
     targets = torch.cat([part.targets for part in parts])

@@ -8,11 +8,11 @@ reply only ``metrics``. Nothing else in Secateur names a record key.
 from collections.abc import Mapping
 from typing import Literal
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from pydantic import BaseModel, ConfigDict, Field
 
+from strategies.arrays import TensorArray, tensor_of
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer
 
@@ -45,10 +45,16 @@ class LocalTraining(BaseModel):
     """Fresh in every round."""
     learning_rate: float = Field(0.05, gt=0)
     """Step size."""
+    learning_rate_milestones: str = Field("", pattern=r"^(\d+(,\d+)*)?$")
+    """Rounds, such as ``100,150``, after each of which the step size shrinks; empty for none."""
+    learning_rate_factor: float = Field(0.1, gt=0)
+    """What the step size is multiplied by at each milestone."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Of SGD; Adam ignores it."""
     weight_decay: float = Field(0.0, ge=0)
     """L2 penalty of the optimizer."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16`` computes losses in mixed precision; weights stay float32."""
     proximal_mu: float = Field(0.0, ge=0)
     """FedProx's pull towards the global model; that strategy itself sends it."""
 
@@ -59,15 +65,21 @@ class LocalTraining(BaseModel):
 
 
 def record_from(model: Parameters) -> ArrayRecord:
-    """Encode parameters; names, shapes and dtypes are kept."""
-    return ArrayRecord(
-        {name: Array(tensor.detach().cpu().numpy()) for name, tensor in model.items()}
-    )
+    """Encode parameters; names, shapes and dtypes are kept, tensors are shared."""
+    record = ArrayRecord()  # given the arrays at once, Flower would make copies of their bytes
+    for name, tensor in model.items():
+        record[name] = TensorArray(tensor.detach())
+    return record
 
 
 def parameters_from(record: ArrayRecord) -> dict[str, torch.Tensor]:
     """Decode a record that is trusted, such as the strategy's own; copies the data."""
-    return {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
+    return {name: tensor.clone() for name, tensor in shared_parameters(record).items()}
+
+
+def shared_parameters(record: ArrayRecord) -> dict[str, torch.Tensor]:
+    """Decode a record that is trusted; not to be written to, for the tensors may be shared."""
+    return {name: tensor_of(array) for name, array in record.items()}
 
 
 def train_reply(

@@ -16,6 +16,7 @@ import torch
 from flwr.app import Array, MetricRecord, RecordDict
 
 from strategies import messages
+from strategies.arrays import TensorArray
 from strategies.exchange import Reply
 from unlearning.parameters import Parameters, difference, norm
 from unlearning.plan import Answer
@@ -206,6 +207,8 @@ def read_model(record: Mapping[str, Array], schema: Parameters) -> dict[str, tor
 
 def read_tensor(name: str, array: Array, like: torch.Tensor) -> torch.Tensor:
     """Decode one tensor, trusting neither its header nor what it declares."""
+    if isinstance(array, TensorArray) and (tensor := array.tensor) is not None:
+        return _checked(name, tensor, like)
     size = like.element_size() * like.nelement() + HEADER_BYTES
     if len(array.data) > size:
         raise Rejected(f"tensor {name} takes {len(array.data)} bytes, at most {size} are expected")
@@ -215,13 +218,23 @@ def read_tensor(name: str, array: Array, like: torch.Tensor) -> torch.Tensor:
         raise Rejected(f"tensor {name} cannot be decoded: {one_line(error)}") from error
     if not isinstance(value, np.ndarray):
         raise Rejected(f"tensor {name} is a {type(value).__name__}, not an array")
-    if value.shape != tuple(like.shape):
-        raise Rejected(f"tensor {name} has shape {value.shape}, expected {tuple(like.shape)}")
     if value.dtype != _numpy_dtype(like):
         raise Rejected(f"tensor {name} has dtype {value.dtype}, expected {_numpy_dtype(like)}")
-    if value.dtype.kind == "f" and not bool(np.isfinite(value).all()):
+    # A copy: the reply's own memory is read-only.
+    return _checked(name, torch.from_numpy(np.array(value)), like)
+
+
+def _checked(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if value.shape != like.shape:
+        raise Rejected(
+            f"tensor {name} has shape {tuple(value.shape)}, expected {tuple(like.shape)}"
+        )
+    if value.dtype != like.dtype:
+        found, expected = (str(t.dtype).removeprefix("torch.") for t in (value, like))
+        raise Rejected(f"tensor {name} has dtype {found}, expected {expected}")
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise Rejected(f"tensor {name} holds NaN or Inf")
-    return torch.from_numpy(np.array(value))  # a copy: the reply's own memory is read-only
+    return value
 
 
 def reject_odd_metrics(answers: Sequence[Answer], previous: Parameters | None) -> dict[str, str]:

@@ -44,6 +44,7 @@ class Classification:
     classes: int
     make_model: Callable[[], nn.Module]
     _parts: dict[int, list[Tensor]] = field(default_factory=dict, init=False, compare=False)
+    _splits: dict[tuple[int, int], Split] = field(default_factory=dict, init=False, compare=False)
 
     def build_model(self) -> nn.Module:
         """Return a model with fresh weights."""
@@ -51,6 +52,11 @@ class Classification:
 
     def client_data(self, partition: int, partitions: int) -> Split:
         """Return one part of the training examples, split for local training and testing."""
+        if (partition, partitions) not in self._splits:
+            self._splits[partition, partitions] = self._split(partition, partitions)
+        return self._splits[partition, partitions]
+
+    def _split(self, partition: int, partitions: int) -> Split:
         if partitions not in self._parts:
             self._parts[partitions] = partition_indices(
                 self._limited_targets,

@@ -1,68 +1,53 @@
 """Malicious clients: the ordinary client with poisoned data and, if asked for, a boosted update."""
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import Context, Message
-from flwr.clientapp.typing import ClientAppCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from client.app import partition_of, train_reply
+from client.app import honest_job, partition_of, round_of
 from client.task.evaluation import batches
 from client.task.protocol import (
     Examples,
-    ServerData,
-    Split,
     Task,
     TaskOptions,
     load_task,
     server_data,
     size_of,
 )
+from client.train import Job
 from simulation.attacks.poison import CORNERS, AttackError, Poisoned, backdoor, boost, label_flip
 from simulation.attacks.settings import DEFAULT_PAIRS, Attack
-from strategies import messages
+from unlearning.parameters import Parameters
 from unlearning.randomness import generator
 
 
 @dataclass(frozen=True)
-class PoisonedTask:
-    """A task whose training data are poisoned; everything else is the task's own."""
+class PoisonedData:
+    """What the attackers of one run train on instead of their own data."""
 
     task: Task
     options: TaskOptions
     attack: Attack
     attackers: tuple[int, ...]
     """Partitions of the malicious clients."""
+    _made: dict[tuple[int, int], Poisoned] = field(default_factory=dict, init=False, compare=False)
 
-    def build_model(self) -> nn.Module:
-        """Return the task's model."""
-        return self.task.build_model()
-
-    def client_data(self, partition: int, partitions: int) -> Split:
-        """Return the client's data with the training examples poisoned."""
-        split = self.task.client_data(partition, partitions)
+    def examples(self, partition: int, partitions: int) -> TensorDataset:
+        """Return one attacker's training data."""
         poisoned = self.poisoned(partition, partitions)
-        return Split(TensorDataset(poisoned.inputs, poisoned.targets), split.test)
-
-    def server_data(self) -> ServerData:
-        """Return the task's server data."""
-        return self.task.server_data()
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the task's loss."""
-        return self.task.loss(outputs, targets)
-
-    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
-        """Return the task's metrics."""
-        return self.task.metrics(outputs, targets)
+        return TensorDataset(poisoned.inputs, poisoned.targets)
 
     def poisoned(self, partition: int, partitions: int) -> Poisoned:
         """Return one attacker's training data, and which of them are poisoned."""
+        if (partition, partitions) not in self._made:
+            self._made[partition, partitions] = self._poison(partition, partitions)
+        return self._made[partition, partitions]
+
+    def _poison(self, partition: int, partitions: int) -> Poisoned:
         inputs, targets = gather(self.task.client_data(partition, partitions).train)
         if targets.is_floating_point() or targets.dim() != 1:
             raise AttackError(f"{self.attack.kind} needs class labels; this task has none")
@@ -103,47 +88,31 @@ class PoisonedTask:
 
 
 @functools.lru_cache(maxsize=4)
-def load_poisoned(options: TaskOptions, attack: Attack, attackers: tuple[int, ...]) -> PoisonedTask:
-    """Return the poisoned version of the task that ``options`` names."""
-    return PoisonedTask(load_task(options), options, attack, attackers)
+def load_poisoned(options: TaskOptions, attack: Attack, attackers: tuple[int, ...]) -> PoisonedData:
+    """Return the poisoned data of the task that ``options`` names."""
+    return PoisonedData(load_task(options), options, attack, attackers)
 
 
 @dataclass(frozen=True)
-class AttackMod:
-    """Flower mod: in rounds in which it is active, an attacker trains on poisoned data."""
+class AttackedJobs:
+    """Jobs of a federation in which some clients, in some rounds, train on poisoned data."""
 
     attack: Attack
     attackers: tuple[int, ...]
-    config: Mapping[str, Any]
-    """Run configuration of the client."""
 
-    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """Answer in the attacker's stead, or let the honest client answer."""
-        partition, _ = partition_of(context)
-        if message.metadata.message_type != messages.TRAIN or partition not in self.attackers:
-            return call_next(message, context)
-        record = message.content.config_records[messages.CONFIG]
-        number = int(record[messages.SERVER_ROUND])  # type: ignore[arg-type]
-        if not self.attack.active(self.attackers.index(partition), number):
-            return call_next(message, context)
-        options = TaskOptions.model_validate(self.config)
-        reply = train_reply(
-            message,
-            context,
-            options,
-            lambda chosen: load_poisoned(chosen, self.attack, self.attackers),
-        )
-        return self._boosted(reply, message)
+    def __call__(self, message: Message, context: Context, options: TaskOptions) -> Job:
+        """Return an attacker's job, or the honest one."""
+        job = honest_job(message, context, options)
+        partition, partitions = partition_of(context)
+        if partition not in self.attackers:
+            return job
+        if not self.attack.active(self.attackers.index(partition), round_of(message)):
+            return job
+        poisoned = load_poisoned(options, self.attack, self.attackers)
+        return replace(job, examples=poisoned.examples(partition, partitions), finish=self._boosted)
 
-    def _boosted(self, reply: Message, message: Message) -> Message:
-        if self.attack.boost == 1:
-            return reply
-        start = messages.parameters_from(message.content.array_records[messages.ARRAYS])
-        model = messages.parameters_from(reply.content.array_records[messages.ARRAYS])
-        reply.content[messages.ARRAYS] = messages.record_from(
-            boost(model, start, self.attack.boost)
-        )
-        return reply
+    def _boosted(self, start: Parameters, model: Parameters) -> Parameters:
+        return boost(model, start, self.attack.boost)
 
 
 def gather(examples: Examples) -> tuple[Tensor, Tensor]:

@@ -105,15 +105,15 @@ def poisoned_digits(**more):
     return load_poisoned(TaskOptions(), attack, (2, 5, 7))
 
 
-def test_a_poisoned_task_leaves_everything_but_the_training_data():
-    task = poisoned_digits()
-    clean = task.task.client_data(2, 10)
-    split = task.client_data(2, 10)
-    rows = task.poisoned(2, 10).rows
+def test_poisoning_leaves_the_benign_examples_and_the_task_as_they_were():
+    data = poisoned_digits()
+    clean = data.task.client_data(2, 10)
+    before = clean.train.tensors[0].clone()
+    inputs, _ = data.examples(2, 10).tensors
+    rows = data.poisoned(2, 10).rows
     assert int(rows.sum()) == int(0.5 * len(rows))
-    assert torch.equal(split.test.tensors[0], clean.test.tensors[0])
-    assert torch.equal(split.train.tensors[0][~rows], clean.train.tensors[0][~rows])
-    assert task.server_data() == task.task.server_data()
+    assert torch.equal(inputs[~rows], before[~rows])
+    assert torch.equal(data.task.client_data(2, 10).train.tensors[0], before)
 
 
 def test_colluders_share_trigger_and_target_and_others_do_not():

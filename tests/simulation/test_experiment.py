@@ -135,7 +135,7 @@ def test_a_run_in_which_no_round_succeeds_is_an_error(monkeypatch):
     def broken(*_):
         raise KeyError("oops")
 
-    monkeypatch.setattr(app, "train_reply", broken)
+    monkeypatch.setattr(app, "do", broken)
     with pytest.raises(QuorumError, match=r"no round made a model: .*oops"):
         run("clean", "rounds=2")
 
