@@ -32,7 +32,12 @@ class Job:
     purpose: tuple[int, int]
     """Round and client: with the seed they fix the order of the batches and every dropout mask."""
     device: torch.device
-    finish: Finish = lambda start, model: model
+    finish: Finish | None = None
+    """Changes the trained model before it is sent."""
+
+    def sent(self, start: Parameters, model: Parameters) -> Parameters:
+        """Return what is sent of a trained model."""
+        return model if self.finish is None else self.finish(start, model)
 
 
 def do(job: Job, start: Parameters) -> tuple[Parameters, dict[str, float]]:
@@ -42,7 +47,7 @@ def do(job: Job, start: Parameters) -> tuple[Parameters, dict[str, float]]:
     metrics = train(
         job.task, scratch.model, job.examples, job.settings, device=job.device, purpose=job.purpose
     )
-    return job.finish(start, state_of(scratch.model)), metrics
+    return job.sent(start, state_of(scratch.model)), metrics
 
 
 def train(
@@ -54,11 +59,11 @@ def train(
     device: torch.device,
     purpose: tuple[int, int],
 ) -> dict[str, float]:
-    """Train ``model`` in place and return the mean loss of the last epoch.
+    """Train ``model``, which is on ``device``, in place; return the mean loss of the last epoch.
 
     The same call always gives the same weights on a CPU.
     """
-    model.to(device).train()
+    model.train()
     trainable = list(model.parameters())
     start = [p.detach().clone() for p in trainable] if settings.proximal_mu else []
     optimizer = optimizer_for(trainable, settings, purpose[0])

@@ -64,11 +64,14 @@ class LocalTraining(BaseModel):
         return ConfigRecord(self.model_dump(by_alias=True, include=fields))
 
 
-def record_from(model: Parameters) -> ArrayRecord:
-    """Encode parameters; names, shapes and dtypes are kept, tensors are shared."""
+def record_from(model: Parameters, row: int | None = None) -> ArrayRecord:
+    """Encode parameters; names, shapes and dtypes are kept, tensors are shared.
+
+    ``row`` encodes one model of several, whose tensors have shape (models, ...).
+    """
     record = ArrayRecord()  # given the arrays at once, Flower would make copies of their bytes
     for name, tensor in model.items():
-        record[name] = TensorArray(tensor.detach())
+        record[name] = TensorArray(tensor.detach(), row)
     return record
 
 
@@ -83,12 +86,15 @@ def shared_parameters(record: ArrayRecord) -> dict[str, torch.Tensor]:
 
 
 def train_reply(
-    model: Parameters, metrics: Mapping[str, int | float], num_examples: int | float
+    model: Parameters,
+    metrics: Mapping[str, int | float],
+    num_examples: int | float,
+    row: int | None = None,
 ) -> RecordDict:
-    """Build the content of a reply to ``train``."""
+    """Build the content of a reply to ``train``; ``row`` as for ``record_from``."""
     return RecordDict(
         {
-            ARRAYS: record_from(model),
+            ARRAYS: record_from(model, row),
             METRICS: MetricRecord({**metrics, NUM_EXAMPLES: num_examples}),
         }
     )

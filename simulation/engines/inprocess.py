@@ -1,13 +1,22 @@
-"""A Grid that runs every client in this process, one after the other: no start-up, no copies."""
+"""A Grid that runs every client in this process: no start-up, no copies."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from client.app import start_of, use_one_thread
+from client.task.protocol import size_of
+from client.train import Job
 from simulation.engines import flower
+from simulation.engines.training import Training, Update
+from strategies import messages
+
+JobOf = Callable[[Message, Context], Job]
+"""Says what a client's ClientApp would do with a ``train`` message."""
 
 
 class InProcessGrid(Grid):
@@ -15,10 +24,25 @@ class InProcessGrid(Grid):
 
     Each client has a ``Context`` that lives as long as the grid. A client that raises becomes an
     error reply, as everywhere in Flower.
+
+    Parameters
+    ----------
+    app
+        Any ClientApp; run for one message after the other.
+    clients
+        Number of clients; each holds one partition.
+    job_of
+        Given, ``train`` messages do not go through the app: many clients train at once, and
+        ``send_and_receive`` returns an iterator that trains as it is read. What the app does with
+        all other messages stays its own.
     """
 
-    def __init__(self, app: ClientApp, clients: int, *, run_id: int = 1) -> None:
+    def __init__(
+        self, app: ClientApp, clients: int, *, job_of: JobOf | None = None, run_id: int = 1
+    ) -> None:
         self._app = app
+        self._job_of = job_of
+        self._training = Training()
         self._run = flower.begin_run(run_id)
         self._replies: dict[str, Message] = {}
         self.contexts: dict[int, Context] = {
@@ -47,10 +71,9 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Run every client that is written to, and keep the replies."""
-        sent = [flower.with_own_content(flower.with_id(message)) for message in messages]
-        for message in sent:
-            reply = flower.with_id(self._answer(message))
-            self._replies[message.metadata.message_id] = reply
+        sent = [flower.with_id(message) for message in messages]
+        for reply in self._answers(sent):
+            self._replies[reply.metadata.reply_to_message_id] = reply
         return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -59,13 +82,58 @@ class InProcessGrid(Grid):
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Return the replies to ``messages``."""
+    ) -> Iterable[Message]:
+        """Return the replies to ``messages``; an iterator if clients train at once."""
         del timeout  # a client that does not return cannot be interrupted in its own process
-        return self.pull_messages(self.push_messages(messages))
+        sent = [flower.with_id(message) for message in messages]
+        answers = self._answers(sent)
+        return list(answers) if self._job_of is None else answers
+
+    def _answers(self, sent: Sequence[Message]) -> Iterator[Message]:
+        use_one_thread()
+        ordered = sorted(sent, key=lambda message: message.metadata.dst_node_id)
+        if self._job_of is not None:
+            for content, group in itertools.groupby(ordered, key=_trains_on):
+                if content is not None:
+                    yield from self._train(list(group))
+                else:
+                    yield from (self._answer(message) for message in group)
+        else:
+            yield from (self._answer(message) for message in ordered)
 
     def _answer(self, message: Message) -> Message:
+        flower.with_own_content(message)
         try:
-            return self._app(message, self.contexts[message.metadata.dst_node_id])
+            reply = self._app(message, self.contexts[message.metadata.dst_node_id])
         except Exception as error:  # noqa: BLE001  a client may raise anything
-            return flower.error_reply(message, error)
+            reply = flower.error_reply(message, error)
+        return flower.with_id(reply)
+
+    def _train(self, sent: Sequence[Message]) -> Iterator[Message]:
+        """Train the clients written to; the messages carry the same content."""
+        asked, jobs = [], []
+        for message in sent:
+            try:
+                job = self._job_of(message, self.contexts[message.metadata.dst_node_id])  # type: ignore[misc]
+            except Exception as error:  # noqa: BLE001  so would the ClientApp
+                yield flower.with_id(flower.error_reply(message, error))
+            else:
+                asked.append(message)
+                jobs.append(job)
+        start = start_of(sent[0])
+        for outcomes in self._training.run(jobs, start):
+            for position, outcome in outcomes:
+                reply = _reply(asked[position], outcome, size_of(jobs[position].examples))
+                yield flower.with_id(reply)
+
+
+def _trains_on(message: Message) -> int | None:
+    """Return which content a client is to train on; equal for messages that share it."""
+    return id(message.content) if message.metadata.message_type == messages.TRAIN else None
+
+
+def _reply(message: Message, outcome: Update | Exception, num_examples: int) -> Message:
+    if isinstance(outcome, Exception):
+        return flower.error_reply(message, outcome)
+    content = messages.train_reply(outcome.tensors, outcome.metrics, num_examples, row=outcome.row)
+    return Message(content, reply_to=message)

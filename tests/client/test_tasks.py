@@ -322,7 +322,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_training_on_a_gpu_is_close_to_the_cpu():
-    model = Toy().build_model()
+    model = Toy().build_model().to("cuda")
     settings = LocalTraining(local_epochs=2)
     train(Toy(), model, toy(), settings, device=torch.device("cuda"), purpose=(1, 2))
     assert all(tensor.device.type == "cpu" for tensor in state_of(model).values())

@@ -1,0 +1,422 @@
+"""Train many clients in one step: their models stacked, ``torch.func.vmap`` over the stack.
+
+The arithmetic is that of ``client.train.train``: the same batches in the same order, the same
+dropout masks, and the same optimizer, which does not see that its tensors hold several models.
+Clients of unequal sizes are padded: an example that is not there repeats the client's first one
+with weight 0. Results differ from one client at a time by rounding alone.
+"""
+
+import collections
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.data import TensorDataset
+
+from client.task.evaluation import load_state
+from client.train import Job, optimizer_for, precision, shuffling
+from simulation.engines.schedule import Schedule
+from strategies.messages import LocalTraining
+from strategies.screen import one_line
+from unlearning.parameters import Parameters
+from unlearning.randomness import generator
+
+CPU_BUDGET = 16 * 2**20
+"""Bytes that the models and activations of one chunk may take on a CPU: about what caches hold."""
+DEVICE_SHARE = 0.5
+"""Of an accelerator's free memory, for one chunk."""
+MOST_CLIENTS = 256
+"""In one chunk; beyond, a step takes as long as its clients do."""
+KEPT_DATA = 512 * 2**20
+"""Bytes of clients' data that are kept, put together, from round to round."""
+TRACE_AFTER = 24
+"""Steps of one shape after which it pays to record its operations and replay them."""
+KEPT_TRACES = 16
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Of the norm of a gradient, when one client at a time is compared with two at once."""
+
+Step = Callable[..., tuple[dict[str, Tensor], Tensor]]
+"""Parameters, masks, inputs, targets, weights -> gradients and losses; all with a client axis."""
+
+
+class NotBatchableError(Exception):
+    """Clients cannot, or had better not, be trained together; the message says why."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What several clients' training gave.
+
+    Attributes
+    ----------
+    stack
+        Name -> shape (clients, ...), on the device.
+    losses
+        Mean loss of each client's last epoch.
+    """
+
+    stack: dict[str, Tensor]
+    losses: list[float]
+
+
+class Mask(nn.Module):
+    """Stands in for a dropout layer: multiplies by a mask that is drawn outside."""
+
+    mask: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("mask", torch.ones(()), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return inputs with the mask's zeros, the others scaled up."""
+        return inputs * self.mask
+
+
+class BatchedTraining:
+    """One task's model, ready to be trained for many clients at once with one set of settings.
+
+    Parameters
+    ----------
+    job
+        Any of the jobs to come: they must have the same task, settings, device and kind of data.
+
+    Raises
+    ------
+    NotBatchableError
+        If training two clients at once does not give what training each alone does.
+    """
+
+    def __init__(self, job: Job, start: Parameters) -> None:
+        self.settings = job.settings
+        self._task, self._device = job.task, job.device
+        self._model = _model(job)
+        self._masks = _without_dropout(self._model)
+        load_state(self._model, start)
+        self._trainable = tuple(n for n, p in self._model.named_parameters() if p.requires_grad)
+        self._gradient = self._vectorised()
+        self._one = _first(job, 1)
+        self._mask_shapes, self._activations = _shapes(self._model, self._masks, self._one[0])
+        self._traced: dict[int, Step] = {}
+        self._used: collections.Counter[int] = collections.Counter()
+        self._data: collections.OrderedDict[tuple[int, ...], _ChunkData]
+        self._data = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._probe(job)
+
+    def chunk(self) -> int:
+        """Return how many clients fit into memory at once."""
+        size = sum(p.nbytes for p in self._model.parameters())
+        states = {"adam": 2, "sgd": int(self.settings.momentum > 0)}[self.settings.optimizer]
+        a_client = size * (3 + states) + 2 * self._activations * self.settings.batch_size
+        free = CPU_BUDGET
+        if self._device.type == "cuda":
+            free = int(torch.cuda.mem_get_info(self._device)[0] * DEVICE_SHARE)
+        return max(1, min(MOST_CLIENTS, free // max(1, a_client)))
+
+    def prepare(self, start: Parameters, chunks: Sequence[Sequence[Job]]) -> None:
+        """Get ready for a round: set the model, and record steps that have come often enough.
+
+        To be called while nothing trains: recording is not safe beside other threads.
+        """
+        load_state(self._model, start)
+        for jobs in chunks:
+            for width in self._chunk_data(jobs).schedule.widths:
+                self._used[width] += 1
+        for width, count in self._used.items():
+            if count >= TRACE_AFTER and width not in self._traced:
+                if len(self._traced) >= KEPT_TRACES:
+                    self._traced.pop(next(iter(self._traced)))
+                arguments = self._example(width)
+                self._traced[width] = make_fx(self._gradient)(*arguments)
+
+    @torch.no_grad()
+    def train(self, jobs: Sequence[Job], start: Parameters) -> Trained:
+        """Train the clients of one chunk, each from ``start``, the model given to ``prepare``.
+
+        Parameters
+        ----------
+        jobs
+            Sorted by size, the largest first; none without examples.
+        """
+        data = self._chunk_data(jobs)
+        schedule = data.schedule
+        orders = [
+            [
+                torch.randperm(size, generator=shuffling(job.settings, job.purpose, epoch))
+                for epoch in range(schedule.epochs)
+            ]
+            for job, size in zip(jobs, schedule.sizes, strict=True)
+        ]
+        rows = torch.from_numpy(schedule.rows(orders)).to(self._device)
+        masks = self._draw_masks(jobs, schedule)
+        origin = {name: start[name].to(self._device) for name in self._trainable}
+        stack = {n: t.expand(len(jobs), *t.shape).clone() for n, t in origin.items()}
+        number = jobs[0].purpose[0]
+        optimizer = optimizer_for(stack.values(), self.settings, number)
+        done = {name: torch.empty_like(tensor) for name, tensor in stack.items()}
+        losses = torch.zeros(schedule.steps, len(jobs), device=self._device)
+        width = len(jobs)
+        for step, active in enumerate(schedule.active):
+            if schedule.widths[step] < width:
+                width = schedule.widths[step]
+                narrow = {name: tensor[:width].clone() for name, tensor in stack.items()}
+                fresh = optimizer_for(narrow.values(), self.settings, number)
+                _hand_over(optimizer, stack, fresh, narrow)
+                stack, optimizer = narrow, fresh
+            inputs, targets = data.batch(rows[step, :width])
+            function = self._traced.get(width, self._gradient)
+            gradients, values = function(
+                stack, next(masks), inputs, targets, data.weights[step, :width]
+            )
+            for name, tensor in stack.items():
+                tensor.grad = gradients[name]
+                if self.settings.proximal_mu:
+                    tensor.grad += self.settings.proximal_mu * (tensor - origin[name])
+            optimizer.step()
+            losses[step, :active] = values[:active]
+            going_on = schedule.active[step + 1] if step + 1 < schedule.steps else 0
+            if going_on < active:  # put aside who is finished, before another step moves them
+                for name, tensor in stack.items():
+                    done[name][going_on:active] = tensor[going_on:active]
+        everything = {
+            name: done[name]
+            if name in done
+            else tensor.to(self._device).expand(len(jobs), *tensor.shape)
+            for name, tensor in start.items()
+        }
+        return Trained(everything, schedule.last_epoch(losses))
+
+    # ------------------------------------------------------------ one step
+    def _vectorised(self) -> Step:
+        """Return the step; a plain function of its tensors, as recording it needs."""
+
+        def loss_of_one(output: Tensor, target: Tensor) -> Tensor:
+            return self._task.loss(output.unsqueeze(0), target.unsqueeze(0))
+
+        def loss(
+            parameters: Mapping[str, Tensor],
+            masks: Mapping[str, Tensor],
+            inputs: Tensor,
+            targets: Tensor,
+            weights: Tensor,
+        ) -> Tensor:
+            with precision(self.settings, self._device):
+                outputs = functional_call(self._model, {**parameters, **masks}, (inputs,))
+                losses = vmap(loss_of_one)(outputs, targets)
+            return (losses * weights).sum()
+
+        return vmap(grad_and_value(loss), randomness="error")
+
+    def _example(self, width: int, size: int = 0) -> tuple[Any, ...]:
+        """Return arguments of a step for ``width`` clients and ``size`` examples each."""
+        size = size or self.settings.batch_size
+        parameters = dict(self._model.named_parameters())
+        stack = {
+            name: parameters[name].detach().expand(width, *parameters[name].shape).clone()
+            for name in self._trainable
+        }
+        masks = {
+            name: torch.ones(width, size, *shape, device=self._device)
+            for name, shape in self._mask_shapes.items()
+        }
+        inputs, targets = (
+            tensor[:1].expand(width, size, *tensor.shape[1:]).contiguous() for tensor in self._one
+        )
+        return stack, masks, inputs, targets, torch.ones(width, size, device=self._device)
+
+    def _probe(self, job: Job) -> None:
+        """Compare two clients at once, one of them padded, with each alone."""
+        inputs, targets = _first(job, 3)
+        count = len(targets)
+        fewer = max(1, count - 1)
+        stack, masks, *_, weights = self._example(2, count)
+        weights /= count
+        weights[1, :fewer], weights[1, fewer:] = 1 / fewer, 0
+        twice = [torch.stack([tensor, tensor]) for tensor in (inputs, targets)]
+        before = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        try:
+            gradients, losses = self._gradient(stack, masks, *twice, weights)
+        except Exception as error:  # a user's model may raise anything here
+            raise NotBatchableError(f"it cannot be vectorised: {one_line(error)}") from error
+        changed = [n for n, b in self._model.named_buffers() if not torch.equal(b, before[n])]
+        if changed:
+            raise NotBatchableError(f"training changes its buffer {changed[0]}")
+        for client, size in enumerate((count, fewer)):
+            alone, loss = self._alone(inputs[:size], targets[:size])
+            pairs = [(losses[client], loss), *((gradients[n][client], alone[n]) for n in alone)]
+            for found, expected in pairs:
+                limit = TOLERANCE[self.settings.precision] * (1 + float(expected.detach().norm()))
+                if not float((found - expected).detach().norm()) <= limit and bool(
+                    expected.isfinite().all()
+                ):
+                    raise NotBatchableError(
+                        "its loss is no mean over examples, or examples of a batch influence one "
+                        "another"
+                    )
+
+    def _alone(self, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        with precision(self.settings, self._device):
+            loss = self._task.loss(self._model(inputs), targets)
+        parameters = dict(self._model.named_parameters())
+        found = torch.autograd.grad(
+            loss, [parameters[n] for n in self._trainable], allow_unused=True
+        )
+        pairs = zip(self._trainable, found, strict=True)
+        return {n: torch.zeros_like(parameters[n]) if g is None else g for n, g in pairs}, loss
+
+    # ------------------------------------------------------------ data and masks
+    def _chunk_data(self, jobs: Sequence[Job]) -> "_ChunkData":
+        key = tuple(id(job.examples) for job in jobs)
+        with self._lock:
+            if key in self._data:
+                self._data.move_to_end(key)
+                return self._data[key]
+        data = _ChunkData(jobs, self.settings, self._device)
+        with self._lock:
+            self._data[key] = data
+            while sum(kept.nbytes for kept in self._data.values()) > KEPT_DATA:
+                self._data.popitem(last=False)
+        return data
+
+    def _draw_masks(self, jobs: Sequence[Job], schedule: Schedule) -> Iterator[dict[str, Tensor]]:
+        """Yield every step's masks, each client's drawn from its own generator.
+
+        The draws are those of torch's dropout on a CPU: one for each entry of the layer's input,
+        layer after layer, batch after batch.
+        """
+        sources = [generator(job.settings.seed, "dropout", *job.purpose) for job in jobs]
+        for counts, width in zip(schedule.counts, schedule.widths, strict=True):
+            masks = {
+                name: torch.ones(width, schedule.batch, *shape)
+                for name, shape in self._mask_shapes.items()
+            }
+            for client in range(width if masks else 0):
+                count = int(counts[client])
+                for name, shape in self._mask_shapes.items():
+                    kept = 1 - self._masks[name].rate
+                    mask = torch.empty(count, *shape).bernoulli_(kept, generator=sources[client])
+                    masks[name][client, :count] = mask.div_(kept)
+            yield {name: mask.to(self._device) for name, mask in masks.items()}
+
+
+class _ChunkData:
+    """The examples of one chunk's clients, one client after the other, and their schedule."""
+
+    def __init__(self, jobs: Sequence[Job], settings: LocalTraining, device: torch.device) -> None:
+        tensors = [tensors_of(job) for job in jobs]
+        self.inputs = torch.cat([inputs for inputs, _ in tensors]).to(device)
+        self.targets = torch.cat([targets for _, targets in tensors]).to(device)
+        sizes = tuple(len(targets) for _, targets in tensors)
+        self.schedule = Schedule(sizes, settings.batch_size, settings.local_epochs)
+        self.weights = torch.from_numpy(self.schedule.weights).to(device)
+        self.nbytes = self.inputs.nbytes + self.targets.nbytes + self.weights.nbytes
+        # Kept so that nothing else can take their place in memory, and with it their ids.
+        self._examples = [job.examples for job in jobs]
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of one step, shape (clients, batch, ...), given their rows."""
+        chosen = rows.reshape(-1)
+        return (
+            self.inputs.index_select(0, chosen).view(*rows.shape, *self.inputs.shape[1:]),
+            self.targets.index_select(0, chosen).view(*rows.shape, *self.targets.shape[1:]),
+        )
+
+
+def tensors_of(job: Job) -> tuple[Tensor, Tensor]:
+    """Return a client's inputs and targets."""
+    if not isinstance(job.examples, TensorDataset) or len(job.examples.tensors) != 2:
+        raise NotBatchableError("its data are not two tensors in memory")
+    inputs, targets = job.examples.tensors
+    return inputs, targets
+
+
+def kind_of(job: Job) -> tuple[Any, ...]:
+    """Return what jobs must share to be trained together."""
+    shapes = [(tensor.shape[1:], tensor.dtype) for tensor in tensors_of(job)]
+    return id(job.task), job.settings, job.device, *shapes
+
+
+def _first(job: Job, count: int) -> tuple[Tensor, Tensor]:
+    inputs, targets = tensors_of(job)
+    return inputs[:count].to(job.device), targets[:count].to(job.device)
+
+
+def _model(job: Job) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        model = job.task.build_model().to(job.device).train()
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise NotBatchableError(f"{type(module).__name__} {name} couples a batch's examples")
+        if isinstance(module, _ConvNd) and job.device.type == "cpu":
+            raise NotBatchableError("on a CPU convolutions are faster one client at a time")
+    if len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters())):
+        raise NotBatchableError("some of its parameters are shared between layers")
+    return model
+
+
+def _without_dropout(model: nn.Module) -> dict[str, Mask]:
+    """Put masks in the place of dropout layers; return them by the name of their buffer."""
+    masks = {}
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Dropout and module.p > 0:
+            if not name:
+                raise NotBatchableError("it is nothing but dropout")
+            masks[f"{name}.mask"] = Mask(module.p)
+            model.set_submodule(name, masks[f"{name}.mask"])
+    return masks
+
+
+@torch.no_grad()
+def _shapes(
+    model: nn.Module, masks: Mapping[str, Mask], inputs: Tensor
+) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Return what each mask multiplies, in the order of use, and the bytes of all activations."""
+    seen: list[tuple[nn.Module, tuple[int, ...]]] = []
+    size = 0
+
+    def look(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        nonlocal size
+        size += output.nbytes if isinstance(output, Tensor) else 0
+        if isinstance(module, Mask):
+            seen.append((module, tuple(arguments[0].shape[1:])))
+
+    leaves = [module for module in model.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(look) for module in leaves]
+    try:
+        model(inputs)
+    except Exception as error:  # a user's model may raise anything here
+        raise NotBatchableError(f"it cannot be run on one example: {one_line(error)}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = {id(mask): name for name, mask in masks.items()}
+    shapes = {names[id(mask)]: shape for mask, shape in seen}
+    if len(shapes) < len(seen) or len(shapes) < len(masks):
+        raise NotBatchableError("a dropout layer is used more or less than once")
+    return shapes, size
+
+
+def _hand_over(
+    old: torch.optim.Optimizer,
+    old_stack: Mapping[str, Tensor],
+    new: torch.optim.Optimizer,
+    new_stack: Mapping[str, Tensor],
+) -> None:
+    """Give an optimizer of fewer clients what another remembers of them (momentum, moments)."""
+    for name, tensor in new_stack.items():
+        width, shape = len(tensor), old_stack[name].shape
+        new.state[tensor] = {
+            key: value[:width].clone()
+            if isinstance(value, Tensor) and value.shape == shape
+            else value
+            for key, value in old.state[old_stack[name]].items()
+        }
