@@ -1,5 +1,6 @@
 """The Flower ClientApp: carries messages to and from local training."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,8 +92,13 @@ def evaluate_reply(message: Message, context: Context, options: TaskOptions) -> 
 
 def training_settings(message: Message) -> messages.LocalTraining:
     """Read and validate what the server said about local training."""
-    record = message.content[messages.CONFIG]
-    return messages.LocalTraining.model_validate(dict(record))
+    items = message.content[messages.CONFIG].items()
+    return _settings(tuple(item for item in items if item[0] != messages.SERVER_ROUND))
+
+
+@functools.lru_cache(maxsize=8)
+def _settings(items: tuple[tuple[str, Any], ...]) -> messages.LocalTraining:
+    return messages.LocalTraining.model_validate(dict(items))
 
 
 def partition_of(context: Context) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from strategies.loop import run_rounds
 from strategies.records import Phase, RoundRecord
 from strategies.wrapper import Unlearning
 from unlearning.parameters import Parameters
-from unlearning.plan import Answer, carry_out
+from unlearning.plan import Answer, carry_out, senders
 from unlearning.randomness import generator
 from unlearning.recovery import rounds_to_reach
 from unlearning.retraining import retrain
@@ -217,7 +217,7 @@ class Experiment:
                 number,
                 Phase.RETRAIN,
                 asked=tuple(clients),
-                participants=tuple(answer.client for answer in answers),
+                participants=senders(answers),
                 rejected=dict(carrier.rejected),
                 measures=probes.measure(number, merged),
                 seconds=time.perf_counter() - clock,

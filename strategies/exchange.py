@@ -1,7 +1,7 @@
 """Say for every client asked what came back, or that nothing did."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -26,21 +26,29 @@ def match(
 ) -> list[Reply]:
     """Return one ``Reply`` per message sent, sorted by client.
 
+    Sorting makes the round independent of the order of arrival.
+    """
+    return sorted(matched(outgoing, received, directory), key=lambda reply: reply.client)
+
+
+def matched(
+    outgoing: Sequence[Message], received: Iterable[Message], directory: Directory
+) -> Iterator[Reply]:
+    """Yield one ``Reply`` per message sent: those that arrive, then those that did not.
+
     A reply belongs to the node that its *request* was sent to: error replies made by the
-    SuperLink name the wrong source. Of several replies to one request the first counts. Sorting
-    makes the round independent of the order of arrival.
+    SuperLink name the wrong source. Of several replies to one request the first counts.
     """
     # Messages carry an id only once they were sent; one that could not be sent has none.
-    node_of = {
+    waiting = {
         m.metadata.message_id: m.metadata.dst_node_id for m in outgoing if m.metadata.message_id
     }
-    first: dict[int, Message] = {}
     for message in received:
-        node = node_of.get(message.metadata.reply_to_message_id)
-        if node is None or node in first:
+        node = waiting.pop(message.metadata.reply_to_message_id, None)
+        if node is None:
             log.warning("ignored a reply that answers no open request of this round")
             continue
-        first[node] = message
-    nodes = [m.metadata.dst_node_id for m in outgoing]
-    replies = [Reply(directory.client(node), node, first.get(node)) for node in nodes]
-    return sorted(replies, key=lambda reply: reply.client)
+        yield Reply(directory.client(node), node, message)
+    unsent = [m.metadata.dst_node_id for m in outgoing if not m.metadata.message_id]
+    for node in (*waiting.values(), *unsent):
+        yield Reply(directory.client(node), node, None)

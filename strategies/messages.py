@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from pydantic import BaseModel, ConfigDict, Field
 
 from strategies.arrays import TensorArray, tensor_of
+from strategies.flower import filled
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer
 
@@ -69,10 +70,11 @@ def record_from(model: Parameters, row: int | None = None) -> ArrayRecord:
 
     ``row`` encodes one model of several, whose tensors have shape (models, ...).
     """
-    record = ArrayRecord()  # given the arrays at once, Flower would make copies of their bytes
-    for name, tensor in model.items():
-        record[name] = TensorArray(tensor.detach(), row)
-    return record
+    arrays = {
+        name: TensorArray(tensor.detach() if tensor.requires_grad else tensor, row)
+        for name, tensor in model.items()
+    }
+    return filled(ArrayRecord, arrays)
 
 
 def parameters_from(record: ArrayRecord) -> dict[str, torch.Tensor]:
@@ -92,12 +94,9 @@ def train_reply(
     row: int | None = None,
 ) -> RecordDict:
     """Build the content of a reply to ``train``; ``row`` as for ``record_from``."""
-    return RecordDict(
-        {
-            ARRAYS: record_from(model, row),
-            METRICS: MetricRecord({**metrics, NUM_EXAMPLES: num_examples}),
-        }
-    )
+    arrays = record_from(model, row)
+    numbers = filled(MetricRecord, {**metrics, NUM_EXAMPLES: num_examples})
+    return filled(RecordDict, {ARRAYS: arrays, METRICS: numbers})
 
 
 def evaluate_reply(metrics: Mapping[str, int | float], num_examples: int) -> RecordDict:

@@ -15,13 +15,13 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from strategies import messages
+from strategies import averaging, messages
 from strategies.directory import Directory, VisibleGrid
-from strategies.exchange import match
+from strategies.exchange import match, matched
 from strategies.screen import Screen
 from unlearning.errors import SecateurError
 from unlearning.parameters import Parameters, check_alike, check_finite
-from unlearning.plan import Answer, Ask
+from unlearning.plan import Answer, Ask, senders
 from unlearning.randomness import derive_seed
 
 log = logging.getLogger("flwr")
@@ -125,18 +125,25 @@ class PlanRounds:
         """Send one ask and return the usable answers, sorted by client."""
         outgoing = self._train(ask) if ask.action == messages.TRAIN else self._other(ask)
         received = self._grid.send_and_receive(outgoing, timeout=self._deadline_s)
-        replies = match(outgoing, received, self._directory)
         schema = ask.arrays if ask.action.split(".")[0] == messages.TRAIN else None
-        screened = self._screen.check(replies, schema)
+        average = None
+        one_by_one = isinstance(received, Iterator) and averaging.needs_mean_only(self._strategy)
+        if ask.mean and one_by_one and schema is not None:
+            averaged = averaging.average(
+                matched(outgoing, received, self._directory), schema, self._screen
+            )
+            screened, average = averaged.screened, averaged.mean
+        else:
+            screened = self._screen.check(match(outgoing, received, self._directory), schema)
         self.rejected = dict(screened.rejected)
         for client, reason in screened.rejected.items():
             log.warning("%s: answer of %s not used: %s", ask.action, client, reason)
         self._needed = replies_needed(self._quorum, len(outgoing))
-        return list(screened.answers)
+        return list(screened.answers) if average is None else [average]
 
     def aggregate(self, number: int, start: Parameters, answers: Sequence[Answer]) -> Parameters:
         """Aggregate as the strategy does; below the quorum the model stays as it was."""
-        if len(answers) < self._needed:
+        if len(senders(answers)) < self._needed:
             return start
         encoded = [
             messages.message_from(answer, self._directory.node(answer.client)) for answer in answers

@@ -7,13 +7,13 @@ dropped with a named reason, and the round goes on without it.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median, median_low
 
 import numpy as np
 import torch
-from flwr.app import Array, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from strategies import messages
 from strategies.arrays import TensorArray
@@ -84,30 +84,56 @@ class Screen:
         rejected: dict[str, str] = {}
         faults: set[str] = set()
         for reply in replies:
-            if reply.message is None:
-                rejected[reply.client] = "no reply before the deadline"
-            elif reply.message.has_error():
-                error = reply.message.error
-                rejected[reply.client] = f"error {error.code}: {one_line(error.reason)}"
-            else:
-                try:
-                    answers.append(read_answer(reply.client, reply.message.content, previous))
-                except Rejected as failure:
-                    rejected[reply.client] = failure.reason
-                    faults.add(reply.client)
-        for judge in (reject_odd_metrics, self._reject_weights, self._reject_norms):
-            failed = judge(answers, previous)
-            rejected.update(failed)
-            faults.update(failed)
-            answers = [answer for answer in answers if answer.client not in failed]
-        answers.sort(key=lambda answer: answer.client)
-        kept, capped = self._cap_weights(answers)
-        return Screened(tuple(kept), dict(sorted(rejected.items())), frozenset(faults), capped)
+            if (reason := missing(reply)) is not None:
+                rejected[reply.client] = reason
+                continue
+            try:
+                answers.append(read_answer(reply.client, reply.message.content, previous))  # type: ignore[union-attr]
+            except Rejected as failure:
+                rejected[reply.client] = failure.reason
+                faults.add(reply.client)
+        norms = {
+            answer.client: norm(difference(answer.arrays, previous))
+            for answer in answers
+            if answer.arrays is not None and previous is not None
+        }
+        failed = self.compare(answers, norms, previous)
+        kept, capped = self.cap([answer for answer in answers if answer.client not in failed])
+        kept.sort(key=lambda answer: answer.client)
+        rejected = dict(sorted((rejected | failed).items()))
+        return Screened(tuple(kept), rejected, frozenset(faults | failed.keys()), capped)
 
-    def _reject_weights(
-        self, answers: Sequence[Answer], previous: Parameters | None
+    def compare(
+        self, answers: Sequence[Answer], norms: Mapping[str, float], previous: Parameters | None
     ) -> dict[str, str]:
-        del previous
+        """Return whom to reject, and why, in comparison with the others of the round.
+
+        Parameters
+        ----------
+        answers
+            Of all clients; their arrays are not looked at.
+        norms
+            Client -> distance of its model from ``previous``; empty where there are no models.
+        """
+        rejected = _odd_metrics(answers)
+        left = [answer for answer in answers if answer.client not in rejected]
+        rejected |= self._heavy(left)
+        norms = {client: value for client, value in norms.items() if client not in rejected}
+        return rejected | (self._far(norms, previous) if previous is not None else {})
+
+    def cap(self, answers: Sequence[Answer]) -> tuple[list[Answer], dict[str, float]]:
+        """Return the answers with their weights capped, and what the capped ones had claimed."""
+        if not answers:
+            return [], {}
+        # Of two middle values the lower: with two clients neither can buy itself a larger cap.
+        cap = self.weight_cap * median_low(answer.num_examples for answer in answers)
+        capped = {a.client: float(a.num_examples) for a in answers if a.num_examples > cap}
+        return [
+            replace(answer, num_examples=cap) if answer.client in capped else answer
+            for answer in answers
+        ], capped
+
+    def _heavy(self, answers: Sequence[Answer]) -> dict[str, str]:
         if len(answers) < 3:
             return {}
         limit = self.weight_limit * median_low(answer.num_examples for answer in answers)
@@ -118,16 +144,7 @@ class Screen:
             if answer.num_examples > limit
         }
 
-    def _reject_norms(
-        self, answers: Sequence[Answer], previous: Parameters | None
-    ) -> dict[str, str]:
-        if previous is None:
-            return {}
-        norms = {
-            answer.client: norm(difference(answer.arrays, previous))
-            for answer in answers
-            if answer.arrays is not None
-        }
+    def _far(self, norms: Mapping[str, float], previous: Parameters) -> dict[str, str]:
         absurd = ABSURD_UPDATE * (1 + norm(previous))
         failed = {
             client: f"update norm {value:.3g} exceeds {absurd:.3g}, {ABSURD_UPDATE:g} times the "
@@ -145,30 +162,36 @@ class Screen:
             if value > limit > 0
         }
 
-    def _cap_weights(self, answers: Sequence[Answer]) -> tuple[list[Answer], dict[str, float]]:
-        if not answers:
-            return [], {}
-        # Of two middle values the lower: with two clients neither can buy itself a larger cap.
-        cap = self.weight_cap * median_low(answer.num_examples for answer in answers)
-        capped = {a.client: float(a.num_examples) for a in answers if a.num_examples > cap}
-        return [
-            replace(answer, num_examples=cap) if answer.client in capped else answer
-            for answer in answers
-        ], capped
+
+def missing(reply: Reply) -> str | None:
+    """Say why there is nothing to read in a reply; ``None`` if there is."""
+    if reply.message is None:
+        return "no reply before the deadline"
+    if reply.message.has_error():
+        error = reply.message.error
+        return f"error {error.code}: {one_line(error.reason)}"
+    return None
 
 
 def read_answer(client: str, content: RecordDict, previous: Parameters | None) -> Answer:
     """Decode one reply; raises ``Rejected``."""
-    arrays = content.array_records
-    wanted = [] if previous is None else [messages.ARRAYS]
-    if list(arrays) != wanted:
-        raise Rejected(f"expected array records {wanted}, got {sorted(arrays)}")
-    if list(content.metric_records) != [messages.METRICS]:
-        found = sorted(content.metric_records)
-        raise Rejected(f"expected metric records {[messages.METRICS]}, got {found}")
-    metrics, num_examples = read_metrics(content.metric_records[messages.METRICS])
-    model = None if previous is None else read_model(arrays[messages.ARRAYS], previous)
+    metrics, num_examples = read_form(content, with_model=previous is not None)
+    model = None if previous is None else read_model(content[messages.ARRAYS], previous)  # type: ignore[arg-type]
     return Answer(client, model, metrics, num_examples)
+
+
+def read_form(
+    content: RecordDict, *, with_model: bool
+) -> tuple[dict[str, int | float], int | float]:
+    """Check which records there are; return the metrics and ``num-examples``."""
+    arrays = [key for key, record in content.items() if isinstance(record, ArrayRecord)]
+    wanted = [messages.ARRAYS] if with_model else []
+    if arrays != wanted:
+        raise Rejected(f"expected array records {wanted}, got {sorted(arrays)}")
+    found = [key for key, record in content.items() if isinstance(record, MetricRecord)]
+    if found != [messages.METRICS]:
+        raise Rejected(f"expected metric records {[messages.METRICS]}, got {sorted(found)}")
+    return read_metrics(content[messages.METRICS])  # type: ignore[arg-type]
 
 
 def read_metrics(record: MetricRecord) -> tuple[dict[str, int | float], int | float]:
@@ -192,17 +215,22 @@ def read_metrics(record: MetricRecord) -> tuple[dict[str, int | float], int | fl
 
 def read_model(record: Mapping[str, Array], schema: Parameters) -> dict[str, torch.Tensor]:
     """Decode a model that must match ``schema`` exactly and be finite."""
-    missing = sorted(schema.keys() - record.keys())
-    extra = sorted(record.keys() - schema.keys())
-    if missing or extra:
+    check_names(record.keys(), schema)
+    return {name: read_tensor(name, record[name], tensor) for name, tensor in schema.items()}
+
+
+def check_names(found: Collection[str], schema: Parameters) -> None:
+    """Raise ``Rejected`` unless a model has the names of ``schema``."""
+    missed = sorted(schema.keys() - found)
+    extra = sorted(found - schema.keys())
+    if missed or extra:
         raise Rejected(
             "; ".join(
                 f"{kind} {', '.join(names)}"
-                for kind, names in (("missing tensors", missing), ("unknown tensors", extra))
+                for kind, names in (("missing tensors", missed), ("unknown tensors", extra))
                 if names
             )
         )
-    return {name: read_tensor(name, record[name], tensor) for name, tensor in schema.items()}
 
 
 def read_tensor(name: str, array: Array, like: torch.Tensor) -> torch.Tensor:
@@ -237,13 +265,21 @@ def _checked(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor
     return value
 
 
-def reject_odd_metrics(answers: Sequence[Answer], previous: Parameters | None) -> dict[str, str]:
+def check_form(name: str, shape: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> None:
+    """Raise ``Rejected`` unless a tensor has the shape and type of ``like``."""
+    if tuple(shape) != tuple(like.shape):
+        raise Rejected(f"tensor {name} has shape {tuple(shape)}, expected {tuple(like.shape)}")
+    if dtype != like.dtype:
+        found, expected = (str(kind).removeprefix("torch.") for kind in (dtype, like.dtype))
+        raise Rejected(f"tensor {name} has dtype {found}, expected {expected}")
+
+
+def _odd_metrics(answers: Sequence[Answer]) -> dict[str, str]:
     """Reject replies whose metric names differ from most clients'.
 
     Flower ends the whole run when they differ, so one client could stop everybody. The most
     frequent set of names counts; of equally frequent ones, the smallest, then the first by name.
     """
-    del previous
     kinds = Counter(tuple(sorted(answer.metrics)) for answer in answers)
     if len(kinds) < 2:
         return {}

@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -11,11 +11,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedXgbBagging, FedXgbCyclic, Result, Strategy
 
-from strategies import messages, rounds
+from strategies import averaging, messages, rounds
 from strategies.detectors.interface import Detector, Finding, limited
 from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
-from strategies.exchange import Reply, match
-from strategies.memory import LastRound, Memory
+from strategies.exchange import Reply, match, matched
+from strategies.memory import LastRound, Memory, Need
 from strategies.messages import ACCURACY
 from strategies.methods import Cause, Method, Pending, Situation, Unlearned
 from strategies.rate_limit import RateLimit
@@ -25,12 +25,15 @@ from strategies.roster import Hysteresis, Roster
 from strategies.screen import Screen, Screened
 from strategies.store import MemoryStore, Store
 from unlearning.errors import BenignMajorityError, NoLastRoundError, SecateurError
-from unlearning.parameters import Parameters, difference
+from unlearning.parameters import Parameters, byte_size, difference
 from unlearning.plan import Answer, carry_out
 from unlearning.randomness import derive_seed
 from unlearning.retraining import federated_average
 
 log = logging.getLogger("flwr")
+
+LARGE_ROUND = 2**30
+"""Bytes of updates held at once from which on a warning tells of them."""
 
 
 class Unlearning(Strategy):
@@ -112,6 +115,7 @@ class Unlearning(Strategy):
         self._outgoing: list[Message] = []
         self._previous: dict[str, torch.Tensor] = {}
         self._refused: tuple[Pending, ...] = ()
+        self._told_size = 0
         self.clients_accuracy: float | None = None
 
     # ------------------------------------------------------------ Flower's interface
@@ -132,18 +136,20 @@ class Unlearning(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Screen, detect, quarantine, and let the wrapped strategy aggregate what is left."""
-        matched = match(self._outgoing, replies, self.directory)
-        self.record.asked = tuple(reply.client for reply in matched)
+        if isinstance(replies, Iterator):  # of a Grid that makes each reply when asked for it
+            if (why := self._needs_every_update()) is None:
+                return self._aggregate_mean(server_round, replies)
+            replies = self._all_at_once(replies, why)
+        received = match(self._outgoing, replies, self.directory)
+        self.record.asked = tuple(reply.client for reply in received)
         if self.screen is None:
-            return self._pass_through(server_round, matched)
-        screened = self.screen.check(matched, self._previous)
+            return self._pass_through(server_round, received)
+        screened = self.screen.check(received, self._previous)
         self._note_screening(screened)
         answers = screened.answers
-        needed = rounds.replies_needed(self.quorum, len(matched))
+        needed = rounds.replies_needed(self.quorum, len(received))
         if len(answers) < needed:
-            return self._void(
-                f"{len(answers)} of {len(matched)} clients sent a usable reply, {needed} are needed"
-            )
+            return self._void(too_few(len(answers), len(received), needed))
         due = self._detect(server_round, answers)
         kept = [answer for answer in answers if answer.client not in due]
         self._remember(server_round, answers)
@@ -171,11 +177,11 @@ class Unlearning(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Screen the metrics, and let the wrapped strategy average them."""
-        matched = match(self._outgoing, replies, self.directory)
+        received = match(self._outgoing, replies, self.directory)
         self.clients_accuracy = None
         if self.screen is None:
-            return self.strategy.aggregate_evaluate(server_round, _messages(matched))
-        screened = self.screen.check(matched, None)
+            return self.strategy.aggregate_evaluate(server_round, _messages(received))
+        screened = self.screen.check(received, None)
         for client, reason in screened.rejected.items():
             log.warning("round %d: evaluation of %s not used: %s", server_round, client, reason)
         self.roster.strike(screened.faults)
@@ -357,6 +363,51 @@ class Unlearning(Strategy):
         self.record.participants = tuple(reply.client for reply in usable)
         return self.strategy.aggregate_train(number, _messages(replies))
 
+    def _needs_every_update(self) -> str | None:
+        """Return what looks at every client's update; ``None`` if a mean is enough."""
+        if self.detector is not None:
+            return f"detector {self.detector.name}"
+        if self.method is not None and Need.LAST in self.method.needs:
+            return f"method {self.method.name}"
+        if not averaging.needs_mean_only(self.strategy):
+            return f"strategy {type(self.strategy).__name__}"
+        return None
+
+    def _all_at_once(self, replies: Iterable[Message], why: str) -> list[Message]:
+        kept = list(replies)
+        size = byte_size([self._previous]) * len(kept)
+        if size > self._told_size:
+            self._told_size = size
+            level = logging.WARNING if size > LARGE_ROUND else logging.INFO
+            log.log(
+                level,
+                "%d clients' updates are held at once, %.0f MB, because %s needs them all",
+                len(kept),
+                size / 1e6,
+                why,
+            )
+        return kept
+
+    def _aggregate_mean(
+        self, number: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average replies as they come, and let the wrapped strategy make its model of the mean."""
+        arriving = matched(self._outgoing, replies, self.directory)
+        averaged = averaging.average(arriving, self._previous, self.screen)
+        screened = averaged.screened
+        asked = len(self._outgoing)
+        nodes = (message.metadata.dst_node_id for message in self._outgoing)
+        self.record.asked = tuple(sorted(map(self.directory.client, nodes)))
+        self._note_screening(screened)
+        needed = rounds.replies_needed(self.quorum, asked) if self.screen is not None else 1
+        if averaged.mean is None or len(screened.answers) < needed:
+            return self._void(too_few(len(screened.answers), asked, needed))
+        model, metrics, failure = self._aggregate(number, [averaged.mean])
+        if model is None:
+            return self._void(failure)
+        self.record.participants = tuple(answer.client for answer in screened.answers)
+        return messages.record_from(model), metrics
+
     def _void(self, why: str) -> tuple[None, None]:
         self.record.note = f"previous model kept: {why}"
         log.warning("round %d: %s", self.record.number, self.record.note)
@@ -465,6 +516,11 @@ class Unlearning(Strategy):
         self.memory.start(model)
         self.record = RoundRecord(0, measures=dict(measures))
         self.recovery.observe(0, measures.get(VALIDATION))
+
+
+def too_few(usable: int, asked: int, needed: int) -> str:
+    """Say why a round does not count."""
+    return f"{usable} of {asked} clients sent a usable reply, {needed} are needed"
 
 
 def _messages(replies: Sequence[Reply]) -> list[Message]:

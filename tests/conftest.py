@@ -7,9 +7,8 @@ import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from simulation.engines import flower
 from simulation.engines.inprocess import InProcessGrid
-from strategies import messages
+from strategies import flower, messages
 
 Model = dict[str, torch.Tensor]
 Reply = Callable[[int, int, Model], RecordDict]

@@ -34,6 +34,9 @@ class Ask:
     """Model sent along, if any."""
     config: Mapping[str, Scalar] = field(default_factory=dict)
     """Settings sent along."""
+    mean: bool = False
+    """Whether the answers are wanted for the federation's average only. Whoever carries the ask
+    may then hand over one answer for many clients, if that average is a weighted mean."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,13 @@ class Answer:
     metrics: Mapping[str, int | float] = field(default_factory=dict)
     num_examples: int | float = 0
     """Weight in an average, already capped by the screen; 0 where the action has none."""
+    of: tuple[str, ...] = ()
+    """Clients that this is the mean of, with all their weight; empty for one client's own."""
+
+
+def senders(answers: Sequence[Answer]) -> tuple[str, ...]:
+    """Return the clients whose answers these are."""
+    return tuple(client for answer in answers for client in answer.of or (answer.client,))
 
 
 Plan = Generator[Ask, Sequence[Answer], Result]

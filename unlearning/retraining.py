@@ -56,6 +56,8 @@ def retrain(
         raise SecateurError("nobody is left to train with: every client is to be forgotten")
     model = start
     for number in range(first_round, first_round + rounds):
-        answers = yield Ask("train", to=tuple(clients), arrays=model, config={"round": number})
+        answers = yield Ask(
+            "train", to=tuple(clients), arrays=model, config={"round": number}, mean=True
+        )
         model = aggregate(number, model, answers)
     return model

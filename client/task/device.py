@@ -1,10 +1,13 @@
 """Where tensors are computed."""
 
+import functools
+
 import torch
 
 from unlearning.errors import SecateurError
 
 
+@functools.lru_cache
 def choose_device(name: str) -> torch.device:
     """Return the device called ``name``; ``auto`` takes CUDA, else MPS, else the CPU.
 

@@ -11,9 +11,8 @@ from flwr.serverapp import Grid
 from client.app import start_of, use_one_thread
 from client.task.protocol import size_of
 from client.train import Job
-from simulation.engines import flower
 from simulation.engines.training import Training, Update
-from strategies import messages
+from strategies import flower, messages
 
 JobOf = Callable[[Message, Context], Job]
 """Says what a client's ClientApp would do with a ``train`` message."""
@@ -136,4 +135,4 @@ def _reply(message: Message, outcome: Update | Exception, num_examples: int) -> 
     if isinstance(outcome, Exception):
         return flower.error_reply(message, outcome)
     content = messages.train_reply(outcome.tensors, outcome.metrics, num_examples, row=outcome.row)
-    return Message(content, reply_to=message)
+    return flower.reply_to(message, content)

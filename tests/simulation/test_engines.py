@@ -4,8 +4,7 @@ import torch
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from simulation.engines import flower
-from strategies import messages
+from strategies import flower, messages
 
 
 def sent(model, node):

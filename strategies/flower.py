@@ -1,14 +1,21 @@
 """The private pieces of Flower that an engine needs, in one place; held by a contract test."""
 
-import uuid
+import itertools
+import time
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1000
 """Node ids of simulated clients start here; the SuperLink's own must not be among them."""
+
+
+_ids = itertools.count(1)
+Record = TypeVar("Record", ArrayRecord, MetricRecord, RecordDict)
 
 
 def begin_run(run_id: int) -> Run:
@@ -19,7 +26,7 @@ def begin_run(run_id: int) -> Run:
 
 def with_id(message: Message) -> Message:
     """Give a message an id, as a SuperLink does when it takes a message."""
-    message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+    message.metadata.__dict__["_message_id"] = f"{next(_ids):032x}"
     return message
 
 
@@ -27,6 +34,40 @@ def with_own_content(message: Message) -> Message:
     """Detach a message from others that carry the same content object."""
     message.content = RecordDict({key: record.copy() for key, record in message.content.items()})
     return message
+
+
+def filled(kind: type[Record], items: Mapping[str, Any]) -> Record:
+    """Return ``kind(items)`` without a check of every entry's type.
+
+    Flower's checks take longer than small models train. For entries of types that are known.
+    """
+    record = kind()
+    record.__dict__["_data"].update(items)
+    return record
+
+
+def reply_to(message: Message, content: RecordDict) -> Message:
+    """Return ``Message(content, reply_to=message)`` without the checks of its constructor."""
+    asked = message.metadata.__dict__
+    now = time.time()
+    metadata = Metadata.__new__(Metadata)
+    metadata.__dict__.update(
+        _run_id=asked["_run_id"],
+        _message_id="",
+        _src_node_id=asked["_dst_node_id"],
+        _dst_node_id=asked["_src_node_id"],
+        _src_task_id=asked["_dst_task_id"],
+        _dst_task_id=asked["_src_task_id"],
+        _reply_to_message_id=asked["_message_id"],
+        _group_id=asked["_group_id"],
+        _created_at=now,
+        _ttl=asked["_created_at"] + asked["_ttl"] - now,
+        _message_type=asked["_message_type"],
+        _delivered_at="",
+    )
+    reply = Message.__new__(Message)
+    reply.__dict__.update(_metadata=metadata, _content=content, _error=None)
+    return reply
 
 
 def error_reply(message: Message, raised: Exception) -> Message:
