@@ -32,7 +32,8 @@ def with_id(message: Message) -> Message:
 
 def with_own_content(message: Message) -> Message:
     """Detach a message from others that carry the same content object."""
-    message.content = RecordDict({key: record.copy() for key, record in message.content.items()})
+    records = {key: record.copy() for key, record in message.content.items()}
+    message.content = filled(RecordDict, records)
     return message
 
 

@@ -62,9 +62,9 @@ def batches(
     if isinstance(examples, TensorDataset):
         # Slicing tensors takes a tenth of the time of collating single examples.
         rows = torch.arange(count) if order is None else torch.randperm(count, generator=order)
+        inputs, targets = examples.tensors
         for chosen in torch.split(rows, size):
-            inputs, targets = examples.tensors
-            yield inputs[chosen], targets[chosen]
+            yield inputs.index_select(0, chosen), targets.index_select(0, chosen)
         return
     sampler = None if order is None else RandomSampler(examples, generator=order)  # type: ignore[arg-type]
     yield from DataLoader(examples, batch_size=size, sampler=sampler)

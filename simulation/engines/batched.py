@@ -161,7 +161,7 @@ class BatchedTraining:
         origin = {name: start[name].to(self._device) for name in self._trainable}
         stack = {n: t.expand(len(jobs), *t.shape).clone() for n, t in origin.items()}
         number = jobs[0].purpose[0]
-        optimizer = optimizer_for(stack.values(), self.settings, number)
+        optimizer = optimizer_for(list(stack.values()), self.settings, number)
         done = {name: torch.empty_like(tensor) for name, tensor in stack.items()}
         losses = torch.zeros(schedule.steps, len(jobs), device=self._device)
         width = len(jobs)
@@ -169,7 +169,7 @@ class BatchedTraining:
             if schedule.widths[step] < width:
                 width = schedule.widths[step]
                 narrow = {name: tensor[:width].clone() for name, tensor in stack.items()}
-                fresh = optimizer_for(narrow.values(), self.settings, number)
+                fresh = optimizer_for(list(narrow.values()), self.settings, number)
                 _hand_over(optimizer, stack, fresh, narrow)
                 stack, optimizer = narrow, fresh
             inputs, targets = data.batch(rows[step, :width])
