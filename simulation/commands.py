@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 commands = typer.Typer(add_completion=False)
 
 
-Engine = Literal["ray", "inprocess"]
+Engine = Literal["inprocess", "ray"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")]
@@ -40,7 +40,14 @@ def demo(seed: Seed = None, out: Out = None, as_json: Json = False) -> None:
 @commands.command()
 def run(
     scenario: Annotated[str, typer.Argument(help="Name, or path of a TOML file.")],
-    engine: Annotated[Engine, typer.Option(help="How clients are run.")] = "ray",
+    engine: Annotated[Engine, typer.Option(help="How clients are run.")] = "inprocess",
+    batch: Annotated[
+        bool,
+        typer.Option(
+            help="In process, train many clients in one step where the model allows; without, one "
+            "after another, bit for bit as on Ray."
+        ),
+    ] = True,
     seed: Seed = None,
     set_: Annotated[
         list[str] | None,
@@ -58,7 +65,7 @@ def run(
     overrides |= _given(seed=seed, device=device)
     if data_dir is not None:
         overrides["data-dir"] = str(data_dir.resolve())
-    execute(scenario, engine=engine, overrides=overrides, out=out, as_json=as_json)
+    execute(scenario, engine=engine, batch=batch, overrides=overrides, out=out, as_json=as_json)
 
 
 @commands.command()
@@ -83,7 +90,13 @@ def attacks(as_json: Json = False) -> None:
 
 
 def execute(
-    name: str, *, engine: Engine, overrides: dict[str, Any], out: Path | None, as_json: bool
+    name: str,
+    *,
+    engine: Engine,
+    overrides: dict[str, Any],
+    out: Path | None,
+    as_json: bool,
+    batch: bool = True,
 ) -> None:
     """Run one scenario from its name to its report."""
     from simulation.progress import Progress, summary  # noqa: PLC0415
@@ -103,7 +116,7 @@ def execute(
 
     try:
         with Progress(scenario, engine) as progress:
-            experiment = play(scenario, engine, progress, interrupted)
+            experiment = play(scenario, engine, progress, interrupted, batch=batch)
         report = write(experiment, engine, folder)
     except BaseException:
         clean_up()
@@ -127,12 +140,17 @@ def default_folder(scenario: "Scenario", overrides: Mapping[str, Any]) -> Path:
 
 
 def play(
-    scenario: "Scenario", engine: Engine, progress: Any, interrupted: Callable[[], None]
+    scenario: "Scenario",
+    engine: Engine,
+    progress: Any,
+    interrupted: Callable[[], None],
+    *,
+    batch: bool = True,
 ) -> "Experiment":
     """Run a scenario on an engine."""
     from client.task.device import choose_device  # noqa: PLC0415
     from client.task.protocol import load_task  # noqa: PLC0415
-    from simulation.experiment import Experiment, client_app  # noqa: PLC0415
+    from simulation.experiment import Experiment, client_app, client_jobs  # noqa: PLC0415
 
     options = scenario.settings.task_options()
     load_task(options).server_data()  # a missing data set is told before anything is started
@@ -154,7 +172,9 @@ def play(
     else:
         from simulation.engines.inprocess import InProcessGrid  # noqa: PLC0415
 
-        experiment.play(InProcessGrid(app, clients))
+        jobs = client_jobs(scenario)
+        job_of = (lambda message, context: jobs(message, context, options)) if batch else None
+        experiment.play(InProcessGrid(app, clients, job_of=job_of))
     return experiment
 
 

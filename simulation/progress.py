@@ -1,5 +1,6 @@
 """What a person sees while a scenario runs, and at its end. All progress goes to stderr."""
 
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,6 +40,7 @@ class Progress:
             disable=not self._console.is_terminal,  # a bar in a file is noise
         )
         self._tasks: dict[str, Any] = {}
+        self._handler = _Notes(self._console)
 
     def __enter__(self) -> Self:
         """Start showing."""
@@ -50,6 +52,10 @@ class Progress:
         )
         self._bar.start()
         self._task("federation", scenario.settings.rounds)
+        notes = logging.getLogger("secateur")
+        notes.addHandler(self._handler)
+        notes.setLevel(logging.INFO)
+        notes.propagate = False
         return self
 
     def __exit__(
@@ -59,6 +65,7 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         """Stop showing."""
+        logging.getLogger("secateur").removeHandler(self._handler)
         self._bar.stop()
 
     def round(self, stage: str, record: RoundRecord) -> None:
@@ -78,6 +85,19 @@ class Progress:
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(STAGES[stage], total=total, state="starting")
         return self._tasks[stage]
+
+
+class _Notes(logging.Handler):
+    """Shows what the engine has to say about how it runs."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        colour = "yellow" if record.levelno >= logging.WARNING else "dim"
+        self._console.print(f"[{colour}]{escape(record.getMessage())}[/]", highlight=False)
 
 
 def state(record: RoundRecord) -> str:

@@ -31,6 +31,7 @@ from unlearning.randomness import derive_seed
 from unlearning.retraining import federated_average
 
 log = logging.getLogger("flwr")
+costs = logging.getLogger("secateur")
 
 LARGE_ROUND = 2**30
 """Bytes of updates held at once from which on a warning tells of them."""
@@ -379,7 +380,7 @@ class Unlearning(Strategy):
         if size > self._told_size:
             self._told_size = size
             level = logging.WARNING if size > LARGE_ROUND else logging.INFO
-            log.log(
+            costs.log(
                 level,
                 "%d clients' updates are held at once, %.0f MB, because %s needs them all",
                 len(kept),

@@ -26,7 +26,7 @@ from simulation.engines.batched import (
 from strategies.screen import one_line
 from unlearning.parameters import Parameters
 
-log = logging.getLogger("flwr")
+log = logging.getLogger("secateur")
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
