@@ -115,7 +115,7 @@ def average(replies: Iterable[Reply], previous: Parameters, screen: Screen | Non
     capped: dict[str, float] = {}
     if screen is not None:
         failed = screen.compare(answers, norms, previous)
-        faults |= failed.keys()
+        faults.update(failed)
         for total in sums.values():
             failed |= _inseparable(total.clients, failed)
         answers, capped = screen.cap([a for a in answers if a.client not in failed])
@@ -208,8 +208,8 @@ def _blocks(
                 there.append(reply)
         for together in [there] if stack else [[reply] for reply in there]:
             block, refused = _block(together, previous, screen)
-            rejected |= refused
-            faults |= refused.keys()
+            rejected.update(refused)
+            faults.update(refused)
             if block.answers:
                 yield block
 
@@ -218,27 +218,34 @@ def _block(
     replies: Sequence[Reply], previous: Parameters, screen: Screen | None
 ) -> tuple[_Block, dict[str, str]]:
     """Read replies whose models are in one stack, or one reply; return also whom to refuse."""
-    try:
-        models = _models(replies, previous, screen)
-    except Rejected as failure:
-        return _Block((), {}, ()), {reply.client: failure.reason for reply in replies}
-    spoilt = _not_finite(models) if screen is not None else {}
-    answers, rows, refused = [], [], {}
-    for row, reply in enumerate(replies):
+    refused: dict[str, str] = {}
+    answers: list[Answer] = []
+    formed: list[Reply] = []
+    for reply in replies:
         try:
             metrics, weight = _metrics(reply, screen)
         except Rejected as failure:
             refused[reply.client] = failure.reason
-            continue
-        if row in spoilt:
-            refused[reply.client] = f"tensor {spoilt[row]} holds NaN or Inf"
-            continue
-        answers.append(Answer(reply.client, None, metrics, weight))
-        rows.append(row)
-    if len(rows) < len(replies):
+        else:
+            answers.append(Answer(reply.client, None, metrics, weight))
+            formed.append(reply)
+    if not formed:
+        return _Block((), {}, ()), refused
+    try:
+        models = _models(formed, previous, screen)
+    except Rejected as failure:
+        return _Block((), {}, ()), refused | {r.client: failure.reason for r in formed}
+    if screen is None:
+        return _Block(answers, models, ()), refused
+    spoilt = _not_finite(models)
+    if spoilt:
+        refused |= {
+            answers[row].client: f"tensor {name} holds NaN or Inf" for row, name in spoilt.items()
+        }
+        rows = [row for row in range(len(answers)) if row not in spoilt]
+        answers = [answers[row] for row in rows]
         models = {name: tensor[rows] for name, tensor in models.items()}
-    norms = _distances(models, previous) if screen is not None else []
-    return _Block(answers, models, norms), refused
+    return _Block(answers, models, _distances(models, previous)), refused
 
 
 def _stack_of(reply: Reply) -> int:
