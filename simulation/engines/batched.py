@@ -7,6 +7,7 @@ with weight 0. Results differ from one client at a time by rounding alone.
 """
 
 import collections
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from strategies.messages import LocalTraining
 from strategies.screen import one_line
 from unlearning.parameters import Parameters
 from unlearning.randomness import generator
+
+log = logging.getLogger("secateur")
 
 CPU_BUDGET = 16 * 2**20
 """Bytes that the models and activations of one chunk may take on a CPU: about what caches hold."""
@@ -106,6 +109,7 @@ class BatchedTraining:
         self._one = _first(job, 1)
         self._mask_shapes, self._activations = _shapes(self._model, self._masks, self._one[0])
         self._traced: dict[int, Step] = {}
+        self._unrecordable = False
         self._used: collections.Counter[int] = collections.Counter()
         self._data: collections.OrderedDict[tuple[int, ...], _ChunkData]
         self._data = collections.OrderedDict()
@@ -122,21 +126,37 @@ class BatchedTraining:
             free = int(torch.cuda.mem_get_info(self._device)[0] * DEVICE_SHARE)
         return max(1, min(MOST_CLIENTS, free // max(1, a_client)))
 
-    def prepare(self, start: Parameters, chunks: Sequence[Sequence[Job]]) -> None:
-        """Get ready for a round: set the model, and record steps that have come often enough.
+    def prepare(self, start: Parameters, chunks: Sequence[Sequence[Job]]) -> bool:
+        """Get ready for a round: set the model, and record steps that come often enough.
 
-        To be called while nothing trains: recording is not safe beside other threads.
+        To be called while nothing trains. Recorded steps need no model, which threads could not
+        share; so with several chunks every step is recorded.
+
+        Returns
+        -------
+        bool
+            Whether the chunks may be trained in several threads.
         """
         load_state(self._model, start)
+        widths: collections.Counter[int] = collections.Counter()
         for jobs in chunks:
-            for width in self._chunk_data(jobs).schedule.widths:
-                self._used[width] += 1
-        for width, count in self._used.items():
-            if count >= TRACE_AFTER and width not in self._traced:
-                if len(self._traced) >= KEPT_TRACES:
-                    self._traced.pop(next(iter(self._traced)))
-                arguments = self._example(width)
-                self._traced[width] = make_fx(self._gradient)(*arguments)
+            widths.update(self._chunk_data(jobs).schedule.widths)
+        self._used.update(widths)
+        for width in widths:
+            if len(chunks) > 1 or self._used[width] >= TRACE_AFTER:
+                self._record(width)
+        while len(self._traced) > max(KEPT_TRACES, len(widths)):
+            self._traced.pop(next(w for w in self._traced if w not in widths))
+        return all(width in self._traced for width in widths)
+
+    def _record(self, width: int) -> None:
+        if width in self._traced or self._unrecordable:
+            return
+        try:
+            self._traced[width] = make_fx(self._gradient)(*self._example(width))
+        except Exception as error:  # noqa: BLE001  a user's model may do anything
+            self._unrecordable = True
+            log.info("training steps are not recorded: %s", one_line(error))
 
     @torch.no_grad()
     def train(self, jobs: Sequence[Job], start: Parameters) -> Trained:

@@ -84,7 +84,7 @@ class Training:
                 kind = kind_of(job) if size_of(job.examples) else None
             except NotBatchableError as error:
                 kind = (id(job.task), str(error))
-                self._batched.setdefault(kind, str(error))
+                self._refuse(kind, job, error)
             if kind is None:
                 empty.append(position)
             else:
@@ -103,13 +103,18 @@ class Training:
 
     def _prepared(self, kind: object, job: Job, start: Parameters) -> BatchedTraining | str:
         if kind not in self._batched:
-            self._tasks.append(job.task)
             try:
                 self._batched[kind] = BatchedTraining(job, start)
+                self._tasks.append(job.task)
             except NotBatchableError as error:
-                self._batched[kind] = str(error)
-                log.info("clients are not trained in batches: %s", error)
+                self._refuse(kind, job, error)
         return self._batched[kind]
+
+    def _refuse(self, kind: object, job: Job, error: NotBatchableError) -> None:
+        if kind not in self._batched:
+            self._batched[kind] = str(error)
+            self._tasks.append(job.task)
+            log.info("clients are not trained in batches: %s", error)
 
     # ------------------------------------------------------------ together
     def _together(
@@ -123,9 +128,10 @@ class Training:
         ordered = sorted(positions, key=lambda p: (-size_of(jobs[p].examples), p))
         limit = min(batched.chunk(), self._limits.get(id(batched), len(jobs)))
         chunks = [ordered[i : i + limit] for i in range(0, len(ordered), limit)]
-        batched.prepare(start, [[jobs[p] for p in chunk] for chunk in chunks])
+        threads = batched.prepare(start, [[jobs[p] for p in chunk] for chunk in chunks])
+        threads = threads and len(chunks) > 1 and jobs[positions[0]].device.type == "cpu"
         attempt = functools.partial(self._attempt, batched, jobs, start=start)
-        if len(chunks) == 1 or jobs[positions[0]].device.type != "cpu":
+        if not threads:
             for chunk in chunks:
                 yield from attempt(chunk)
         else:
