@@ -382,7 +382,7 @@ class Unlearning(Strategy):
             level = logging.WARNING if size > LARGE_ROUND else logging.INFO
             costs.log(
                 level,
-                "%d clients' updates are held at once, %.0f MB, because %s needs them all",
+                "%d clients' updates are held at once, %.1f MB, because %s needs them all",
                 len(kept),
                 size / 1e6,
                 why,
