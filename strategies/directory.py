@@ -87,13 +87,16 @@ class Directory:
     def __init__(self, identify: Identify = by_node) -> None:
         self._identify = identify
         self._clients: dict[int, str] = {}
+        self._newest: dict[str, int] = {}
 
     def refresh(self, grid: Grid) -> dict[int, str]:
         """Return the clients that are online now, by node id."""
         online = list(grid.get_node_ids())
         unknown = sorted(node for node in online if node not in self._clients)
         if unknown:
-            self._clients.update(self._identify(grid, unknown))
+            named = self._identify(grid, unknown)
+            self._clients.update(named)
+            self._newest.update((client, node) for node, client in named.items())
         return {node: self._clients[node] for node in online}
 
     def client(self, node: int) -> str:
@@ -102,9 +105,8 @@ class Directory:
 
     def node(self, client: str) -> int:
         """Return the newest node of a client."""
-        for node, name in reversed(self._clients.items()):
-            if name == client:
-                return node
+        if client in self._newest:
+            return self._newest[client]
         raise SecateurError(f"no client is called {client!r}; known: {', '.join(self.clients())}")
 
     def clients(self) -> tuple[str, ...]:

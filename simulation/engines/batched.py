@@ -7,6 +7,7 @@ with weight 0. Results differ from one client at a time by rounding alone.
 """
 
 import collections
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,6 +117,7 @@ class BatchedTraining:
         self._lock = threading.Lock()
         self._probe(job)
 
+    @functools.cached_property
     def chunk(self) -> int:
         """Return how many clients fit into memory at once."""
         size = sum(p.nbytes for p in self._model.parameters())
@@ -371,6 +373,8 @@ def _first(job: Job, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _model(job: Job) -> nn.Module:
+    if job.device.type not in ("cpu", "cuda"):
+        raise NotBatchableError(f"on {job.device.type} clients are trained one at a time")
     with torch.random.fork_rng(devices=[]):
         model = job.task.build_model().to(job.device).train()
     for name, module in model.named_modules():

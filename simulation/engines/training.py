@@ -4,6 +4,7 @@ import collections
 import functools
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,10 +69,12 @@ class Training:
     """
 
     def __init__(self, workers: int | None = None) -> None:
-        self._workers = workers or len(os.sched_getaffinity(0))
+        self._workers = workers or cpus()
         self._batched: dict[object, BatchedTraining | str] = {}
         self._tasks: list[object] = []  # kept, so that no other object gets their ids
         self._limits: dict[int, int] = {}
+        self._in_threads: dict[object, bool] = {}
+        self._pool: ThreadPoolExecutor | None = None
 
     def run(self, jobs: Sequence[Job], start: Parameters) -> Iterator[list[Outcome]]:
         """Yield the outcomes of all jobs, some at a time, in an order that depends on them only.
@@ -95,7 +98,7 @@ class Training:
             batched = self._prepared(kind, jobs[positions[0]], start)
             if isinstance(batched, BatchedTraining):
                 yield from self._together(batched, jobs, positions, start)
-            elif len(positions) > 1 and self._may_use_threads(jobs[positions[0]], start):
+            elif len(positions) > 1 and self._threads_help(kind, jobs[positions[0]], start):
                 yield from self._side_by_side(jobs, positions, start)
             else:
                 for position in positions:
@@ -126,7 +129,7 @@ class Training:
     ) -> Iterator[list[Outcome]]:
         # Clients of one chunk wait for the largest of it: those of a size belong together.
         ordered = sorted(positions, key=lambda p: (-size_of(jobs[p].examples), p))
-        limit = min(batched.chunk(), self._limits.get(id(batched), len(jobs)))
+        limit = min(batched.chunk, self._limits.get(id(batched), len(jobs)))
         chunks = [ordered[i : i + limit] for i in range(0, len(ordered), limit)]
         threads = batched.prepare(start, [[jobs[p] for p in chunk] for chunk in chunks])
         threads = threads and len(chunks) > 1 and jobs[positions[0]].device.type == "cpu"
@@ -135,9 +138,9 @@ class Training:
             for chunk in chunks:
                 yield from attempt(chunk)
         else:
-            with self._threads() as pool:
-                for outcomes in in_order(pool, lambda c: list(attempt(c)), chunks, self._workers):
-                    yield from outcomes
+            made = in_order(self._threads(), lambda c: list(attempt(c)), chunks, self._workers)
+            for outcomes in made:
+                yield from outcomes
 
     def _attempt(
         self,
@@ -167,6 +170,11 @@ class Training:
             yield list(zip(chunk, _updates(trained, chosen, start), strict=True))
 
     # ------------------------------------------------------------ side by side
+    def _threads_help(self, kind: object, job: Job, start: Parameters) -> bool:
+        if kind not in self._in_threads:
+            self._in_threads[kind] = self._may_use_threads(job, start)
+        return self._in_threads[kind]
+
     def _may_use_threads(self, job: Job, start: Parameters) -> bool:
         """Say whether threads are faster and safe: heavy operations, and nothing drawn at random.
 
@@ -194,13 +202,27 @@ class Training:
         self, jobs: Sequence[Job], positions: Sequence[int], start: Parameters
     ) -> Iterator[list[Outcome]]:
         # Every thread sets the seed and puts back what it found, which may be another's.
-        with torch.random.fork_rng(devices=[]), self._threads() as pool:
-            made = in_order(pool, lambda p: alone(jobs[p], start), positions, 2 * self._workers)
+        with torch.random.fork_rng(devices=[]):
+            made = in_order(
+                self._threads(), lambda p: alone(jobs[p], start), positions, 2 * self._workers
+            )
             for position, outcome in zip(positions, made, strict=True):
                 yield [(position, outcome)]
 
     def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
+        """Return the threads, started once: each keeps a model of its own."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(
+                self._workers, initializer=torch.set_num_threads, initargs=(1,)
+            )
+            weakref.finalize(self, self._pool.shutdown, wait=False)
+        return self._pool
+
+
+def cpus() -> int:
+    """Return how many CPUs this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
 def alone(job: Job, start: Parameters) -> Update | Exception:
