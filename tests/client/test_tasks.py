@@ -11,6 +11,7 @@ from client.task.device import choose_device
 from client.task.evaluation import batches, evaluate, load_state, state_of
 from client.task.partition import partition_indices
 from client.task.protocol import PARTS, ServerData, Split, Task, TaskError, TaskOptions, load_task
+from client.task.tables import installed_table
 from client.train import train
 from strategies.messages import LocalTraining
 from unlearning.errors import SecateurError
@@ -37,6 +38,26 @@ def test_embedded_tasks_are_complete_and_their_parts_are_disjoint(name):
     assert len(together) == {"digits": 1797, "breast-cancer": 569}[name]
     # scikit-learn's digits hold no duplicates, nor does the other: every row appears once.
     assert len(torch.unique(together, dim=0)) == len(together)
+
+
+def test_the_embedded_tables_are_those_that_scikit_learn_loads():
+    from sklearn.datasets import load_breast_cancer, load_digits
+
+    for name, header, load in (
+        ("digits.csv.gz", False, load_digits),
+        ("breast_cancer.csv", True, load_breast_cancer),
+    ):
+        table, theirs = installed_table(name, header=header), load()
+        assert (table[:, :-1] == theirs.data).all()
+        assert (table[:, -1] == theirs.target).all()
+
+
+def test_a_table_that_is_not_installed_is_told(monkeypatch):
+    with pytest.raises(TaskError, match=r"scikit-learn's wine\.csv is not in .*sklearn; install"):
+        installed_table("wine.csv", header=True)
+    monkeypatch.setattr("client.task.tables.find_spec", lambda name: None)
+    with pytest.raises(TaskError, match="is not installed; install scikit-learn again"):
+        installed_table("digits.csv.gz", header=False)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,35 @@ def test_help_and_errors_load_no_experiments():
     assert done.returncode == 0, done.stderr
 
 
+SLOW = {
+    "datasets",
+    "flwr_datasets",
+    "matplotlib",
+    "pandas",
+    "ray",
+    "scipy",
+    "sklearn",
+    "torchvision",
+}
+
+
+@pytest.mark.parametrize(("hook", "number"), [("__enter__", 0), ("round", 1)])
+def test_a_run_starts_without_packages_that_it_does_not_need_yet(hook, number, tmp_path):
+    code = (
+        "import sys\nfrom server.cli import main\nfrom simulation.progress import Progress\n"
+        "def look(self, stage=None, record=None):\n"
+        f"    if record is None or record.number == {number}:\n"
+        f"        raise SystemExit('loaded: ' + str(sorted({SLOW} & set(sys.modules))))\n"
+        f"Progress.{hook} = look\n"
+        f"main({['run', 'clean', *QUICK, '--set', 'clients.malicious=0', '--out', str(tmp_path / 'out')]})"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=root, capture_output=True, text=True
+    )
+    assert done.stderr.splitlines()[-1] == "loaded: []", done.stderr
+
+
 def test_where_experiments_are_not_installed_it_says_so(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "simulation", None)
     monkeypatch.delitem(sys.modules, "simulation.commands", raising=False)
