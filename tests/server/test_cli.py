@@ -128,6 +128,9 @@ BAD = {
     "table": (["run", "demo", "--set", "settings=3"], 2, "unknown key 'settings.settings'"),
     "partition": (["run", "demo", "--engine", "inprocess", "--set", "partition=dirichlet", "--set", "alpha=0.05", "--set", "clients.total=60"], 1, "leaves some of 60 clients fewer than 10"),
     "hits": (["run", "demo", "--set", "hits=5"], 2, "scenario demo: hits = 5 can never be reached within window = 4"),
+    "cluster for another engine": (["run", "demo", "--engine", "inprocess", "--ray-address", "a:1"], 2, "--ray-address a:1 is for --engine ray, and the engine is inprocess; leave"),
+    "cluster address": (["run", "demo", "--engine", "ray", "--ray-address", "http://a:1"], 2, "--ray-address 'http://a:1' is no address; give HOST:PORT, ray://HOST:PORT or auto"),
+    "no cluster": (["run", "demo", "--engine", "ray", "--ray-address", "127.0.0.1:1"], 1, ":1 (failed to connect to all addresses"),
     "unknown command": (["prune"], 2, "No such command 'prune'"),
     "folder": (["run", "demo", "--out", "file/inside"], 1, "cannot write to file/inside"),
 }  # fmt: skip
