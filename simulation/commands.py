@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import click
 import typer
 
 from server.catalogue import Json, show
@@ -55,17 +56,34 @@ def run(
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
     device: Annotated[Device | None, typer.Option(help="Where to compute.")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Existing Ray cluster to run on, or 'auto'."),
+    ] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Run one scenario and write report.json, report.html, plots and model.safetensors."""
     from simulation.scenario import parse_overrides  # noqa: PLC0415
 
+    if ray_address is not None and engine != "ray":
+        raise click.UsageError(
+            f"--ray-address {ray_address} is for --engine ray, and the engine is {engine}; leave "
+            "one of them out"
+        )
     overrides = parse_overrides(set_ or [])
     overrides |= _given(seed=seed, device=device)
     if data_dir is not None:
         overrides["data-dir"] = str(data_dir.resolve())
-    execute(scenario, engine=engine, batch=batch, overrides=overrides, out=out, as_json=as_json)
+    execute(
+        scenario,
+        engine=engine,
+        batch=batch,
+        overrides=overrides,
+        out=out,
+        as_json=as_json,
+        ray_address=ray_address,
+    )
 
 
 @commands.command()
@@ -97,6 +115,7 @@ def execute(
     out: Path | None,
     as_json: bool,
     batch: bool = True,
+    ray_address: str | None = None,
 ) -> None:
     """Run one scenario from its name to its report."""
     from simulation.progress import Progress, summary  # noqa: PLC0415
@@ -116,7 +135,9 @@ def execute(
 
     try:
         with Progress(scenario, engine) as progress:
-            experiment = play(scenario, engine, progress, interrupted, batch=batch)
+            experiment = play(
+                scenario, engine, progress, interrupted, batch=batch, ray_address=ray_address
+            )
         report = write(experiment, engine, folder)
     except BaseException:
         clean_up()
@@ -146,6 +167,7 @@ def play(
     interrupted: Callable[[], None],
     *,
     batch: bool = True,
+    ray_address: str | None = None,
 ) -> "Experiment":
     """Run a scenario on an engine."""
     from client.task.device import choose_device  # noqa: PLC0415
@@ -153,7 +175,11 @@ def play(
     from simulation.experiment import Experiment, client_app, client_jobs  # noqa: PLC0415
 
     options = scenario.settings.task_options()
-    load_task(options).server_data()  # a missing data set is told before anything is started
+
+    def prepare() -> None:
+        load_task(options).server_data()
+
+    prepare()  # a missing data set is told before anything is started
     device = choose_device(scenario.settings.device)
     experiment = Experiment(scenario, progress.round)
     app, clients = client_app(scenario), scenario.clients.total
@@ -167,6 +193,8 @@ def play(
             app,
             clients,
             gpu=device.type == "cuda",
+            address=ray_address,
+            prepare=prepare,
             on_interrupt=interrupted,
         )
     else:

@@ -15,7 +15,7 @@ from unlearning.metrics import accuracy
 from unlearning.randomness import generator
 
 LOCAL_TEST_SHARE = 0.1
-"""Of a simulated client's data, kept for its own evaluation."""
+"""Of a simulated client's data, kept for its own evaluation; at least one example."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Classification:
             len(rows), generator=generator(self.options.seed, "local split", partition)
         )
         rows = rows[order]
-        cut = int(len(rows) * LOCAL_TEST_SHARE)
+        # At least one: the server holds an evaluation on no examples against the client.
+        cut = max(1, int(len(rows) * LOCAL_TEST_SHARE))
         return Split(train=self._subset(rows[cut:]), test=self._subset(rows[:cut]))
 
     def server_data(self) -> ServerData:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
 from client.task.protocol import TaskError
 
@@ -69,6 +68,9 @@ def resnet(shape: Sequence[int], classes: int) -> nn.Module:
 
     The usual 7 x 7 stem and pooling would shrink 32 x 32 pixels to 8 x 8 before the first block.
     """
+    # Imported here because it takes seconds, and no other model needs it.
+    from torchvision.models import resnet18  # noqa: PLC0415
+
     network = resnet18(num_classes=classes)
     network.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()

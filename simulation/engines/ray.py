@@ -7,6 +7,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before Flower is imported: a simulation sends nothing to anybody.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -18,6 +19,8 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
+
+from simulation.engines import cluster
 
 
 @contextlib.contextmanager
@@ -46,6 +49,8 @@ def run(
     *,
     gpu: bool = False,
     cpus: int | None = None,
+    address: str | None = None,
+    prepare: Callable[[], None] = lambda: None,
     on_interrupt: Callable[[], None] = lambda: None,
 ) -> None:
     """Run ``play`` as the ServerApp of a simulation with ``clients`` clients.
@@ -59,12 +64,16 @@ def run(
     gpu
         Whether the processes share a GPU.
     cpus
-        CPUs to use; all by default.
+        CPUs of a Ray that is started here; all by default.
+    address
+        Of an existing Ray cluster to use, ``host:port`` or ``auto``; by default a Ray is started
+        here for this run alone, whatever else runs on this machine.
+    prepare
+        Run once on every node of an existing cluster before any client.
     on_interrupt
         Called on Ctrl-C, after which the process ends at once with status 130: Flower's threads
         would otherwise keep it alive, waiting for clients that are gone.
     """
-    cpus = cpus or os.cpu_count() or 1
     failures: list[BaseException] = []
     server = ServerApp()
 
@@ -76,23 +85,38 @@ def run(
         except BaseException as error:  # noqa: BLE001  raised again below, with its own type
             failures.append(error)
 
-    workers = min(cpus, clients)
-    config = {
+    with (
+        warnings.catch_warnings(),
+        _ends_on_interrupt(on_interrupt),
+        contextlib.ExitStack() as stack,
+    ):
+        warnings.simplefilter("ignore")
+        if address is None:
+            config = _own(min(cpus or os.cpu_count() or 1, clients), gpu=gpu)
+        else:
+            nodes = stack.enter_context(cluster.joined(address, gpu=gpu))
+            cluster.check_fit(nodes, app, prepare)
+            config = {"client_resources": cluster.client_resources(nodes, clients, gpu=gpu)}
+        run_simulation(
+            server_app=server,
+            client_app=app,
+            num_supernodes=clients,
+            backend_config=config,
+        )
+    if failures:
+        raise failures[0]
+
+
+def _own(workers: int, *, gpu: bool) -> dict[str, Any]:
+    """Return the configuration of a Ray that Flower starts, and stops at the end."""
+    return {
         "client_resources": {"num_cpus": 1, "num_gpus": 1 / workers if gpu else 0.0},
         "init_args": {
+            # Without it Ray would take RAY_ADDRESS or a cluster that this machine belongs to.
+            "address": "local",
             "num_cpus": workers,
             "include_dashboard": False,
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         },
     }
-    with warnings.catch_warnings(), _ends_on_interrupt(on_interrupt):
-        warnings.simplefilter("ignore")
-        run_simulation(
-            server_app=server,
-            client_app=app,
-            num_supernodes=clients,
-            backend_config=config,  # type: ignore[arg-type]
-        )
-    if failures:
-        raise failures[0]

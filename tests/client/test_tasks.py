@@ -11,6 +11,7 @@ from client.task.device import choose_device
 from client.task.evaluation import batches, evaluate, load_state, state_of
 from client.task.partition import partition_indices
 from client.task.protocol import PARTS, ServerData, Split, Task, TaskError, TaskOptions, load_task
+from client.task.tables import installed_table
 from client.train import train
 from strategies.messages import LocalTraining
 from unlearning.errors import SecateurError
@@ -37,6 +38,26 @@ def test_embedded_tasks_are_complete_and_their_parts_are_disjoint(name):
     assert len(together) == {"digits": 1797, "breast-cancer": 569}[name]
     # scikit-learn's digits hold no duplicates, nor does the other: every row appears once.
     assert len(torch.unique(together, dim=0)) == len(together)
+
+
+def test_the_embedded_tables_are_those_that_scikit_learn_loads():
+    from sklearn.datasets import load_breast_cancer, load_digits
+
+    for name, header, load in (
+        ("digits.csv.gz", False, load_digits),
+        ("breast_cancer.csv", True, load_breast_cancer),
+    ):
+        table, theirs = installed_table(name, header=header), load()
+        assert (table[:, :-1] == theirs.data).all()
+        assert (table[:, -1] == theirs.target).all()
+
+
+def test_a_table_that_is_not_installed_is_told(monkeypatch):
+    with pytest.raises(TaskError, match=r"scikit-learn's wine\.csv is not in .*sklearn; install"):
+        installed_table("wine.csv", header=True)
+    monkeypatch.setattr("client.task.tables.find_spec", lambda name: None)
+    with pytest.raises(TaskError, match="is not installed; install scikit-learn again"):
+        installed_table("digits.csv.gz", header=False)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +182,45 @@ def test_iid_parts_are_alike_in_size_and_classes():
         assert labels()[part].bincount(minlength=6).min() > 8  # 20 expected of each class
 
 
-def test_too_many_clients_for_the_data_are_refused():
-    with pytest.raises(TaskError, match="600 training examples are too few for 100 clients"):
-        partition_indices(labels(), 100, scheme="iid", alpha=1.0, seed=0)
+@pytest.mark.parametrize(
+    ("rows", "partitions"), [(600, 5), (601, 7), (29, 3), (1000, 500), (57, 1), (23, 11)]
+)
+def test_iid_parts_are_those_of_flwr_datasets(rows, partitions):
+    from datasets import Dataset
+    from flwr_datasets.partitioner import IidPartitioner
+
+    # One part is all rows in their shuffled order, which the partitioner then cuts.
+    (order,) = partition_indices(labels(rows), 1, scheme="iid", alpha=1.0, seed=4)
+    partitioner = IidPartitioner(num_partitions=partitions)
+    partitioner.dataset = Dataset.from_dict({"row": order.tolist()})
+    theirs = [list(partitioner.load_partition(number)["row"]) for number in range(partitions)]
+    ours = partition_indices(labels(rows), partitions, scheme="iid", alpha=1.0, seed=4)
+    assert [part.tolist() for part in ours] == theirs
+    assert all(part.dtype == torch.int64 for part in ours)
+
+
+def test_ten_thousand_clients_share_a_small_data_set():
+    parts = partition_indices(labels(57_000, 10), 10_000, scheme="iid", alpha=1.0, seed=0)
+    assert {len(part) for part in parts} == {5, 6}
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(57_000))
+
+
+@pytest.mark.parametrize(("scheme", "least"), [("iid", 2), ("dirichlet", 10)])
+def test_too_many_clients_for_the_data_are_refused(scheme, least):
+    too_many = 600 // least + 1
+    fault = f"600 training examples are too few for {too_many} clients: each needs {least}"
+    with pytest.raises(TaskError, match=fault):
+        partition_indices(labels(), too_many, scheme=scheme, alpha=1.0, seed=0)
+    if scheme == "iid":
+        assert len(partition_indices(labels(), 300, scheme=scheme, alpha=1.0, seed=0)) == 300
+
+
+def test_a_client_with_few_examples_can_still_train_and_test():
+    task = load_task(TaskOptions(task="digits", examples=20))
+    splits = [task.client_data(partition, 10) for partition in range(10)]
+    assert {(len(split.train), len(split.test)) for split in splits} == {(1, 1)}
+    usual = load_task(TaskOptions(task="digits", examples=300)).client_data(0, 10)
+    assert (len(usual.train), len(usual.test)) == (27, 3)
 
 
 def test_held_out_data_do_not_depend_on_the_seed_and_are_balanced():

@@ -28,7 +28,8 @@ def run(folder, *arguments):
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
-def test_ray_and_one_process_give_the_same_report_and_model_bit_for_bit(tmp_path):
+def test_ray_and_one_process_give_the_same_report_and_model_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # only --ray-address auto reads it
     on_ray = run(tmp_path / "ray", "--engine", "ray", "--seed", "3")
     alone = run(tmp_path / "alone", "--engine", "inprocess", "--seed", "3")
     assert without_times(on_ray) == without_times(alone)

@@ -49,6 +49,35 @@ def test_help_and_errors_load_no_experiments():
     assert done.returncode == 0, done.stderr
 
 
+SLOW = {
+    "datasets",
+    "flwr_datasets",
+    "matplotlib",
+    "pandas",
+    "ray",
+    "scipy",
+    "sklearn",
+    "torchvision",
+}
+
+
+@pytest.mark.parametrize(("hook", "number"), [("__enter__", 0), ("round", 1)])
+def test_a_run_starts_without_packages_that_it_does_not_need_yet(hook, number, tmp_path):
+    code = (
+        "import sys\nfrom server.cli import main\nfrom simulation.progress import Progress\n"
+        "def look(self, stage=None, record=None):\n"
+        f"    if record is None or record.number == {number}:\n"
+        f"        raise SystemExit('loaded: ' + str(sorted({SLOW} & set(sys.modules))))\n"
+        f"Progress.{hook} = look\n"
+        f"main({['run', 'clean', *QUICK, '--set', 'clients.malicious=0', '--out', str(tmp_path / 'out')]})"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=root, capture_output=True, text=True
+    )
+    assert done.stderr.splitlines()[-1] == "loaded: []", done.stderr
+
+
 def test_where_experiments_are_not_installed_it_says_so(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "simulation", None)
     monkeypatch.delitem(sys.modules, "simulation.commands", raising=False)
@@ -99,6 +128,9 @@ BAD = {
     "table": (["run", "demo", "--set", "settings=3"], 2, "unknown key 'settings.settings'"),
     "partition": (["run", "demo", "--engine", "inprocess", "--set", "partition=dirichlet", "--set", "alpha=0.05", "--set", "clients.total=60"], 1, "leaves some of 60 clients fewer than 10"),
     "hits": (["run", "demo", "--set", "hits=5"], 2, "scenario demo: hits = 5 can never be reached within window = 4"),
+    "cluster for another engine": (["run", "demo", "--engine", "inprocess", "--ray-address", "a:1"], 2, "--ray-address a:1 is for --engine ray, and the engine is inprocess; leave"),
+    "cluster address": (["run", "demo", "--engine", "ray", "--ray-address", "http://a:1"], 2, "--ray-address 'http://a:1' is no address; give HOST:PORT, ray://HOST:PORT or auto"),
+    "no cluster": (["run", "demo", "--engine", "ray", "--ray-address", "127.0.0.1:1"], 1, ":1 (failed to connect to all addresses"),
     "unknown command": (["prune"], 2, "No such command 'prune'"),
     "folder": (["run", "demo", "--out", "file/inside"], 1, "cannot write to file/inside"),
 }  # fmt: skip
