@@ -280,6 +280,7 @@ def main(
     ] = None,
 ) -> None:
     """Compare Secateur's engines with other ways to run the same federations."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no contender is left behind
     output = output or ROOT / ("runs/performance" if quick else "docs/results")
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         chosen = choose(only or (), contender or ())
