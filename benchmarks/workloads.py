@@ -107,8 +107,8 @@ EXAMPLES = 10
 WORKLOADS: dict[str, Workload] = {
     "digits-10": _digits(10),
     "digits-100": _digits(100),
-    "fashion-100": _fashion(100, 9, 4),
-    "fashion-1000": _fashion(1000, 7, 4),
+    "fashion-100": _fashion(100, 6, 4),
+    "fashion-1000": _fashion(1000, 6, 4),
     "cifar-10": Workload(
         "CIFAR-10, 10 clients that train on 64 images each, ResNet-18 (11.2 million parameters), "
         "1 local epoch in batches of 32; 500 images for the server's evaluation",
@@ -120,7 +120,7 @@ WORKLOADS: dict[str, Workload] = {
             "batch_size": 32,
             "learning_rate": 0.05,
         },
-        rounds=7,
+        rounds=5,
         quick_rounds=4,
     ),
     **{
