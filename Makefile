@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-services test-long check format install clean
+.PHONY: demo test test-services test-long bench check format install clean
 
 demo: $(STAMP)  ## catch three poisoners among ten clients and forget them
 	$(BIN)/secateur demo
@@ -17,6 +17,9 @@ test-services: $(STAMP)  ## tests that need a system package: Chromium
 
 test-long: $(STAMP)  ## tests that take minutes
 	$(BIN)/python -m pytest -m long
+
+bench: $(STAMP)  ## measure the engines against others; ARGS="--help" tells what can be chosen
+	$(BIN)/python -m benchmarks.engines $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
@@ -37,4 +40,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) benchmarks/.venv-pfl .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

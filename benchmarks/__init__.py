@@ -1,0 +1,1 @@
+"""Measured comparisons with other ways to run the same federation; never tests."""
