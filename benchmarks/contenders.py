@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from benchmarks import plain
-from client.app import build_app
+from client.app import build_app, honest_job
 from client.task.evaluation import state_of
 from client.task.protocol import load_task
 from server.federation import TEST, build_detector, central_measure, initial_model
@@ -28,11 +28,17 @@ from unlearning.errors import SecateurError
 from unlearning.parameters import Parameters
 
 
-def make_grid(engine: str, app: ClientApp, clients: int) -> Grid:
+def make_grid(engine: str, app: ClientApp, clients: int, settings: Settings) -> Grid:
     """Return the grid of an in-process engine; the one place that knows how they are made."""
-    if engine == "batched":
-        raise SecateurError("there is no batched engine in this version")
-    return InProcessGrid(app, clients)
+    options = settings.task_options()
+    together = engine == "batched"
+    return InProcessGrid(
+        app,
+        clients,
+        job_of=(lambda message, context: honest_job(message, context, options))
+        if together
+        else None,
+    )
 
 
 def client_app(settings: Settings) -> ClientApp:
@@ -93,7 +99,7 @@ def main(engine: str, path: str, rounds: str, started: str) -> None:
     if kind == "ray":
         ray.run(lambda grid: run.play(grid, clients, int(rounds)), app, clients)
     else:
-        run.play(make_grid(kind, app, clients), clients, int(rounds))
+        run.play(make_grid(kind, app, clients, settings), clients, int(rounds))
     plain.report(float(started), run.ends, run.accuracy, "flwr", "ray", peak=run.peak_mb)
 
 

@@ -39,7 +39,7 @@ DEVICE_SHARE = 0.5
 MOST_CLIENTS = 256
 """In one chunk; beyond, a step takes as long as its clients do."""
 KEPT_DATA = 512 * 2**20
-"""Bytes of clients' data that are kept, put together, from round to round."""
+"""Bytes of clients' data that are kept, put together, from one round to the next."""
 TRACE_AFTER = 24
 """Steps of one shape after which it pays to record its operations and replay them."""
 KEPT_TRACES = 16
@@ -112,8 +112,8 @@ class BatchedTraining:
         self._traced: dict[int, Step] = {}
         self._unrecordable = False
         self._used: collections.Counter[int] = collections.Counter()
-        self._data: collections.OrderedDict[tuple[int, ...], _ChunkData]
-        self._data = collections.OrderedDict()
+        self._data: dict[tuple[int, ...], _ChunkData] = {}
+        self._data_before: dict[tuple[int, ...], _ChunkData] = {}
         self._lock = threading.Lock()
         self._probe(job)
 
@@ -140,6 +140,8 @@ class BatchedTraining:
             Whether the chunks may be trained in several threads.
         """
         load_state(self._model, start)
+        # What the last round did not use is not kept: a task may make its data anew every time.
+        self._data_before, self._data = self._data, {}
         widths: collections.Counter[int] = collections.Counter()
         for jobs in chunks:
             widths.update(self._chunk_data(jobs).schedule.widths)
@@ -299,14 +301,11 @@ class BatchedTraining:
     def _chunk_data(self, jobs: Sequence[Job]) -> "_ChunkData":
         key = tuple(id(job.examples) for job in jobs)
         with self._lock:
-            if key in self._data:
-                self._data.move_to_end(key)
-                return self._data[key]
-        data = _ChunkData(jobs, self.settings, self._device)
+            data = self._data.get(key) or self._data_before.pop(key, None)
+        data = data or _ChunkData(jobs, self.settings, self._device)
         with self._lock:
-            self._data[key] = data
-            while sum(kept.nbytes for kept in self._data.values()) > KEPT_DATA:
-                self._data.popitem(last=False)
+            if sum(kept.nbytes for kept in self._data.values()) + data.nbytes <= KEPT_DATA:
+                self._data[key] = data
         return data
 
     def _draw_masks(self, jobs: Sequence[Job], schedule: Schedule) -> Iterator[dict[str, Tensor]]:
