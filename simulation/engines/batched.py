@@ -23,9 +23,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.data import TensorDataset
 
 from client.task.evaluation import load_state
+from client.task.protocol import size_of
 from client.train import Job, optimizer_for, precision, shuffling
 from simulation.engines.schedule import Schedule
-from strategies.messages import LocalTraining
 from strategies.screen import one_line
 from unlearning.parameters import Parameters
 from unlearning.randomness import generator
@@ -144,7 +144,7 @@ class BatchedTraining:
         self._data_before, self._data = self._data, {}
         widths: collections.Counter[int] = collections.Counter()
         for jobs in chunks:
-            widths.update(self._chunk_data(jobs).schedule.widths)
+            widths.update(_schedule(jobs).widths)
         self._used.update(widths)
         for width in widths:
             if len(chunks) > 1 or self._used[width] >= TRACE_AFTER:
@@ -302,7 +302,7 @@ class BatchedTraining:
         key = tuple(id(job.examples) for job in jobs)
         with self._lock:
             data = self._data.get(key) or self._data_before.pop(key, None)
-        data = data or _ChunkData(jobs, self.settings, self._device)
+        data = data or _ChunkData(jobs, self._device)
         with self._lock:
             if sum(kept.nbytes for kept in self._data.values()) + data.nbytes <= KEPT_DATA:
                 self._data[key] = data
@@ -332,12 +332,11 @@ class BatchedTraining:
 class _ChunkData:
     """The examples of one chunk's clients, one client after the other, and their schedule."""
 
-    def __init__(self, jobs: Sequence[Job], settings: LocalTraining, device: torch.device) -> None:
+    def __init__(self, jobs: Sequence[Job], device: torch.device) -> None:
         tensors = [tensors_of(job) for job in jobs]
         self.inputs = torch.cat([inputs for inputs, _ in tensors]).to(device)
         self.targets = torch.cat([targets for _, targets in tensors]).to(device)
-        sizes = tuple(len(targets) for _, targets in tensors)
-        self.schedule = Schedule(sizes, settings.batch_size, settings.local_epochs)
+        self.schedule = _schedule(jobs)
         self.weights = torch.from_numpy(self.schedule.weights).to(device)
         self.nbytes = self.inputs.nbytes + self.targets.nbytes + self.weights.nbytes
         # Kept so that nothing else can take their place in memory, and with it their ids.
@@ -350,6 +349,15 @@ class _ChunkData:
             self.inputs.index_select(0, chosen).view(*rows.shape, *self.inputs.shape[1:]),
             self.targets.index_select(0, chosen).view(*rows.shape, *self.targets.shape[1:]),
         )
+
+
+def _schedule(jobs: Sequence[Job]) -> Schedule:
+    settings = jobs[0].settings
+    sizes = tuple(size_of(job.examples) for job in jobs)
+    return _scheduled(sizes, settings.batch_size, settings.local_epochs)
+
+
+_scheduled = functools.lru_cache(maxsize=256)(Schedule)
 
 
 def tensors_of(job: Job) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,8 @@ def test_rebuilt_image_models_are_secateurs(name, shape):
     assert torch.equal(plain.build_model(work).eval()(inputs), theirs(inputs))
 
 
-def test_the_plain_loops_round_is_secateurs_round(tmp_path):
+@pytest.mark.parametrize("engine", ["sequential", "batched"])
+def test_the_plain_loops_round_is_secateurs_round(tmp_path, engine):
     work, settings, _ = exported("digits-10", tmp_path)
     count = len(work.clients)
     # The streams that Secateur's clients shuffle with, in the first epoch of the first round.
@@ -67,7 +68,7 @@ def test_the_plain_loops_round_is_secateurs_round(tmp_path):
     plain_model = plain.federated_round(plain.build_model(work), work.weights, work, orders)
 
     federation = Unlearning(contenders.FedAvg(fraction_evaluate=0.0), identify=by_partition, seed=0)
-    grid = contenders.make_grid("sequential", contenders.client_app(settings), count)
+    grid = contenders.make_grid(engine, contenders.client_app(settings), count, settings)
     model = run_rounds(
         federation, grid, dict(work.weights), rounds=1, train_config=settings.to_record()
     )
