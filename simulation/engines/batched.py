@@ -8,6 +8,7 @@ with weight 0. Results differ from one client at a time by rounding alone.
 
 import collections
 import functools
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,7 +158,8 @@ class BatchedTraining:
         if width in self._traced or self._unrecordable:
             return
         try:
-            self._traced[width] = make_fx(self._gradient)(*self._example(width))
+            # Its forward alone: calling a module looks for hooks first.
+            self._traced[width] = make_fx(self._gradient)(*self._example(width)).forward
         except Exception as error:  # noqa: BLE001  a user's model may do anything
             self._unrecordable = True
             log.info("training steps are not recorded: %s", one_line(error))
@@ -314,13 +316,16 @@ class BatchedTraining:
         The draws are those of torch's dropout on a CPU: one for each entry of the layer's input,
         layer after layer, batch after batch.
         """
+        if not self._masks:
+            yield from itertools.repeat({}, schedule.steps)
+            return
         sources = [generator(job.settings.seed, "dropout", *job.purpose) for job in jobs]
         for counts, width in zip(schedule.counts, schedule.widths, strict=True):
             masks = {
                 name: torch.ones(width, schedule.batch, *shape)
                 for name, shape in self._mask_shapes.items()
             }
-            for client in range(width if masks else 0):
+            for client in range(width):
                 count = int(counts[client])
                 for name, shape in self._mask_shapes.items():
                     kept = 1 - self._masks[name].rate
