@@ -92,7 +92,10 @@ class BatchedTraining:
     Parameters
     ----------
     job
-        Any of the jobs to come: they must have the same task, settings, device and kind of data.
+        That with most examples of the jobs to come; they must have the same task, settings, device
+        and kind of data.
+    start
+        Any model.
 
     Raises
     ------
@@ -109,10 +112,11 @@ class BatchedTraining:
         self._trainable = tuple(n for n, p in self._model.named_parameters() if p.requires_grad)
         self._gradient = self._vectorised()
         self._one = _first(job, 1)
+        self._largest = size_of(job.examples)
         self._mask_shapes, self._activations = _shapes(self._model, self._masks, self._one[0])
-        self._traced: dict[int, Step] = {}
+        self._traced: dict[tuple[int, int], Step] = {}
         self._unrecordable = False
-        self._used: collections.Counter[int] = collections.Counter()
+        self._used: collections.Counter[tuple[int, int]] = collections.Counter()
         self._data: dict[tuple[int, ...], _ChunkData] = {}
         self._data_before: dict[tuple[int, ...], _ChunkData] = {}
         self._lock = threading.Lock()
@@ -121,9 +125,10 @@ class BatchedTraining:
     @functools.cached_property
     def chunk(self) -> int:
         """Return how many clients fit into memory at once."""
+        batch = min(self.settings.batch_size, self._largest)
         size = sum(p.nbytes for p in self._model.parameters())
         states = {"adam": 2, "sgd": int(self.settings.momentum > 0)}[self.settings.optimizer]
-        a_client = size * (3 + states) + 2 * self._activations * self.settings.batch_size
+        a_client = size * (3 + states) + 2 * self._activations * batch
         free = CPU_BUDGET
         if self._device.type == "cuda":
             free = int(torch.cuda.mem_get_info(self._device)[0] * DEVICE_SHARE)
@@ -143,23 +148,24 @@ class BatchedTraining:
         load_state(self._model, start)
         # What the last round did not use is not kept: a task may make its data anew every time.
         self._data_before, self._data = self._data, {}
-        widths: collections.Counter[int] = collections.Counter()
+        shapes: collections.Counter[tuple[int, int]] = collections.Counter()
         for jobs in chunks:
-            widths.update(_schedule(jobs).widths)
-        self._used.update(widths)
-        for width in widths:
-            if len(chunks) > 1 or self._used[width] >= TRACE_AFTER:
-                self._record(width)
-        while len(self._traced) > max(KEPT_TRACES, len(widths)):
-            self._traced.pop(next(w for w in self._traced if w not in widths))
-        return all(width in self._traced for width in widths)
+            schedule = _schedule(jobs)
+            shapes.update((width, schedule.batch) for width in schedule.widths)
+        self._used.update(shapes)
+        for shape in shapes:
+            if len(chunks) > 1 or self._used[shape] >= TRACE_AFTER:
+                self._record(shape)
+        while len(self._traced) > max(KEPT_TRACES, len(shapes)):
+            self._traced.pop(next(shape for shape in self._traced if shape not in shapes))
+        return all(shape in self._traced for shape in shapes)
 
-    def _record(self, width: int) -> None:
-        if width in self._traced or self._unrecordable:
+    def _record(self, shape: tuple[int, int]) -> None:
+        if shape in self._traced or self._unrecordable:
             return
         try:
             # Its forward alone: calling a module looks for hooks first.
-            self._traced[width] = make_fx(self._gradient)(*self._example(width)).forward
+            self._traced[shape] = make_fx(self._gradient)(*self._example(*shape)).forward
         except Exception as error:  # noqa: BLE001  a user's model may do anything
             self._unrecordable = True
             log.info("training steps are not recorded: %s", one_line(error))
@@ -199,7 +205,7 @@ class BatchedTraining:
                 _hand_over(optimizer, stack, fresh, narrow)
                 stack, optimizer = narrow, fresh
             inputs, targets = data.batch(rows[step, :width])
-            function = self._traced.get(width, self._gradient)
+            function = self._traced.get((width, schedule.batch), self._gradient)
             gradients, values = function(
                 stack, next(masks), inputs, targets, data.weights[step, :width]
             )
@@ -242,9 +248,8 @@ class BatchedTraining:
 
         return vmap(grad_and_value(loss), randomness="error")
 
-    def _example(self, width: int, size: int = 0) -> tuple[Any, ...]:
+    def _example(self, width: int, size: int) -> tuple[Any, ...]:
         """Return arguments of a step for ``width`` clients and ``size`` examples each."""
-        size = size or self.settings.batch_size
         parameters = dict(self._model.named_parameters())
         stack = {
             name: parameters[name].detach().expand(width, *parameters[name].shape).clone()
@@ -359,7 +364,7 @@ class _ChunkData:
 def _schedule(jobs: Sequence[Job]) -> Schedule:
     settings = jobs[0].settings
     sizes = tuple(size_of(job.examples) for job in jobs)
-    return _scheduled(sizes, settings.batch_size, settings.local_epochs)
+    return _scheduled(sizes, min(settings.batch_size, sizes[0]), settings.local_epochs)
 
 
 _scheduled = functools.lru_cache(maxsize=256)(Schedule)

@@ -95,7 +95,8 @@ class Training:
         for position in empty:
             yield [(position, alone(jobs[position], start))]
         for kind, positions in groups.items():
-            batched = self._prepared(kind, jobs[positions[0]], start)
+            largest = max(positions, key=lambda position: size_of(jobs[position].examples))
+            batched = self._prepared(kind, jobs[largest], start)
             if isinstance(batched, BatchedTraining):
                 yield from self._together(batched, jobs, positions, start)
             elif len(positions) > 1 and self._threads_help(kind, jobs[positions[0]], start):

@@ -200,7 +200,7 @@ def test_how_many_threads_there_are_changes_nothing(monkeypatch):
     assert all(distance(a, b) == 0 for a, b in zip(one, three, strict=True))
 
 
-@pytest.mark.parametrize("make", [with_dropout, Scaled])
+@pytest.mark.parametrize("make", [with_dropout, Scaled, partly_frozen])
 def test_recorded_steps_are_the_same_and_follow_the_servers_model(make, monkeypatch):
     task = Toy(make)
     start = start_of(task)
@@ -215,6 +215,14 @@ def test_recorded_steps_are_the_same_and_follow_the_servers_model(make, monkeypa
     for found, expected in zip(recorded, [*plain, plain[0]], strict=True):
         for one, other in zip(found, expected, strict=True):
             assert distance(one, other) < 1e-6
+
+
+def test_a_batch_is_no_larger_than_the_largest_client():
+    task = Toy(mlp)
+    start = start_of(task)
+    jobs = jobs_of(task, [5, 3], batch_size=10**9)
+    for job, outcome in zip(jobs, run(jobs, start), strict=True):
+        assert distance(outcome, alone(job, start)) < 1e-5
 
 
 def test_what_is_sent_may_be_changed_by_the_client():
