@@ -31,7 +31,7 @@ def run(folder, *arguments):
 def test_ray_and_one_process_give_the_same_report_and_model_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # only --ray-address auto reads it
     on_ray = run(tmp_path / "ray", "--engine", "ray", "--seed", "3")
-    alone = run(tmp_path / "alone", "--engine", "inprocess", "--seed", "3")
+    alone = run(tmp_path / "alone", "--engine", "inprocess", "--no-batch", "--seed", "3")
     assert without_times(on_ray) == without_times(alone)
     assert on_ray["unlearnings"]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ray", "alone"))
@@ -50,12 +50,13 @@ def test_an_error_in_the_server_is_one_line_and_not_a_hang(tmp_path, capsys):
 def test_an_interrupt_ends_the_process_and_leaves_nothing(tmp_path):
     root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(
-        [sys.executable, "-m", "server", "run", "demo", "--out", str(tmp_path / "new/folder")],
+        [sys.executable, "-m", "server", "run", "demo", "--engine", "ray",
+         "--out", str(tmp_path / "new/folder")],
         cwd=root,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
+    )  # fmt: skip
     for line in process.stderr:
         if line.startswith("round   2"):  # clients are at work
             break
