@@ -206,7 +206,7 @@ def measure(
     runs: dict[str, list[Mapping[str, Any]]] = {}
     out: set[str] = set()
     for repetition in range(times):
-        first = repetition % len(names)
+        first = repetition % max(1, len(names))
         for contender in names[first:] + names[:first]:
             if contender in out:
                 continue

@@ -9,6 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.workloads import WORKLOADS
 from simulation.plots import BLUE, FAINT, GREEN, INK, PURPLE, SOFT, STYLE, VERMILLION
@@ -156,11 +157,18 @@ def plot(results: Results, path: Path) -> None:
             _curve(axes.pop(0), FAMILIES[family], members)
         handles: dict[str, Any] = {}
         for panel in figure.axes:
+            panel.xaxis.set_major_formatter(FuncFormatter(_plain))
+            if panel.get_yscale() == "log":
+                panel.yaxis.set_major_formatter(FuncFormatter(_plain))
             found, labels = panel.get_legend_handles_labels()
             handles = {**dict(zip(labels, found, strict=True)), **handles}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
         canvas = FigureCanvasSVG(figure)
         canvas.print_svg(path, metadata={"Date": None})  # type: ignore[no-untyped-call]
+
+
+def _plain(value: float, _: int | None) -> str:
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
 
 def _dots(axes: Axes, single: Results) -> None:
