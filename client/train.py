@@ -13,7 +13,7 @@ from client.task.evaluation import batches
 from client.task.protocol import Examples, Task
 from strategies.messages import LocalTraining
 from unlearning.parameters import Parameters
-from unlearning.randomness import derive_seed, generator
+from unlearning.randomness import derive_seed
 
 Finish = Callable[[Parameters, Parameters], Parameters]
 """Global model and trained model -> the model that is sent."""
@@ -73,7 +73,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         seed_dropout(device, derive_seed(settings.seed, "dropout", *purpose))
         for epoch in range(settings.local_epochs):
-            order = shuffling(settings, purpose, epoch)
+            order = torch.Generator().manual_seed(order_seed(settings, purpose, epoch))
             loss_sum, count = 0.0, 0
             for inputs, targets in batches(examples, settings.batch_size, order):
                 with precision(settings, device):
@@ -92,9 +92,9 @@ def train(
     return {"loss": loss_sum / count} if count else {}
 
 
-def shuffling(settings: LocalTraining, purpose: tuple[int, int], epoch: int) -> torch.Generator:
-    """Return what the order of a client's examples in one epoch is drawn from."""
-    return generator(settings.seed, "shuffle", *purpose, epoch)
+def order_seed(settings: LocalTraining, purpose: tuple[int, int], epoch: int) -> int:
+    """Return the seed of the order of a client's examples in one epoch."""
+    return derive_seed(settings.seed, "shuffle", *purpose, epoch)
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:

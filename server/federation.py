@@ -7,9 +7,9 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, Strateg
 from torch import nn
 
 from client.task.device import choose_device
-from client.task.evaluation import accuracy_of, evaluate, load_state
+from client.task.evaluation import accuracy_of, load_state, predict
 from client.task.models import prunable_layers
-from client.task.protocol import Task, server_data
+from client.task.protocol import Task, server_data, size_of
 from server.settings import Settings, SettingsError
 from strategies.detectors.catalogue import DETECTORS
 from strategies.detectors.interface import Detector
@@ -107,7 +107,9 @@ def central_measure(task: Task, model: nn.Module, settings: Settings) -> Measure
         load_state(model, parameters)
         measures: dict[str, float | None] = {}
         for name, examples in parts.items():
-            found = evaluate(task, model, examples, device=device) if examples is not None else {}
+            found: Mapping[str, float] = {}
+            if examples is not None and size_of(examples):
+                found = task.metrics(*predict(model, examples, device=device))
             measures[name] = accuracy_of(found)
         return measures
 

@@ -48,6 +48,10 @@ MEANS = (FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi)
 """Strategies whose model depends on the replies through their weighted mean alone."""
 
 
+PLAIN_MEANS = (FedAvg, FedProx)
+"""Of these, those whose model is the mean itself."""
+
+
 def needs_mean_only(strategy: Strategy) -> bool:
     """Say whether one reply with the mean and all the weight gives ``strategy`` the same model.
 

@@ -16,6 +16,7 @@ FIRST_NODE_ID = SUPERLINK_NODE_ID + 1000
 
 _ids = itertools.count(1)
 Record = TypeVar("Record", ArrayRecord, MetricRecord, RecordDict)
+_EMPTY = {kind: kind() for kind in (ArrayRecord, MetricRecord, RecordDict)}
 
 
 def begin_run(run_id: int) -> Run:
@@ -42,8 +43,8 @@ def filled(kind: type[Record], items: Mapping[str, Any]) -> Record:
 
     Flower's checks take longer than small models train. For entries of types that are known.
     """
-    record = kind()
-    record.__dict__["_data"].update(items)
+    record = kind.__new__(kind)
+    record.__dict__.update(_EMPTY[kind].__dict__, _data=dict(items))
     return record
 
 

@@ -403,6 +403,10 @@ class Unlearning(Strategy):
         needed = rounds.replies_needed(self.quorum, asked) if self.screen is not None else 1
         if averaged.mean is None or len(screened.answers) < needed:
             return self._void(too_few(len(screened.answers), asked, needed))
+        if type(self.strategy) in averaging.PLAIN_MEANS:
+            self.record.participants = averaged.mean.of
+            told = MetricRecord({**averaged.mean.metrics})
+            return messages.record_from(averaged.mean.arrays or {}), told
         model, metrics, failure = self._aggregate(number, [averaged.mean])
         if model is None:
             return self._void(failure)

@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 
 from client.task.evaluation import load_state
 from client.task.protocol import size_of
-from client.train import Job, optimizer_for, precision, shuffling
+from client.train import Job, optimizer_for, order_seed, precision
 from simulation.engines.schedule import Schedule
 from strategies.screen import one_line
 from unlearning.parameters import Parameters
@@ -164,8 +164,9 @@ class BatchedTraining:
         if shape in self._traced or self._unrecordable:
             return
         try:
-            # Its forward alone: calling a module looks for hooks first.
-            self._traced[shape] = make_fx(self._gradient)(*self._example(*shape)).forward
+            recorded = make_fx(self._gradient)(*self._example(*shape))
+            _without_idle_steps(recorded)
+            self._traced[shape] = recorded.forward  # calling a module looks for hooks first
         except Exception as error:  # noqa: BLE001  a user's model may do anything
             self._unrecordable = True
             log.info("training steps are not recorded: %s", one_line(error))
@@ -181,14 +182,7 @@ class BatchedTraining:
         """
         data = self._chunk_data(jobs)
         schedule = data.schedule
-        orders = [
-            [
-                torch.randperm(size, generator=shuffling(job.settings, job.purpose, epoch))
-                for epoch in range(schedule.epochs)
-            ]
-            for job, size in zip(jobs, schedule.sizes, strict=True)
-        ]
-        rows = torch.from_numpy(schedule.rows(orders)).to(self._device)
+        rows = torch.from_numpy(schedule.rows(_orders(jobs, schedule))).to(self._device)
         masks = self._draw_masks(jobs, schedule)
         origin = {name: start[name].to(self._device) for name in self._trainable}
         stack = {n: t.expand(len(jobs), *t.shape).clone() for n, t in origin.items()}
@@ -370,6 +364,19 @@ def _schedule(jobs: Sequence[Job]) -> Schedule:
 _scheduled = functools.lru_cache(maxsize=256)(Schedule)
 
 
+def _orders(jobs: Sequence[Job], schedule: Schedule) -> list[list[Tensor]]:
+    source = torch.Generator()
+    return [
+        [
+            torch.randperm(
+                size, generator=source.manual_seed(order_seed(job.settings, job.purpose, epoch))
+            )
+            for epoch in range(schedule.epochs)
+        ]
+        for job, size in zip(jobs, schedule.sizes, strict=True)
+    ]
+
+
 def tensors_of(job: Job) -> tuple[Tensor, Tensor]:
     """Return a client's inputs and targets."""
     if not isinstance(job.examples, TensorDataset) or len(job.examples.tensors) != 2:
@@ -444,6 +451,19 @@ def _shapes(
     if len(shapes) < len(seen) or len(shapes) < len(masks):
         raise NotBatchableError("a dropout layer is used more or less than once")
     return shapes, size
+
+
+def _without_idle_steps(recorded: torch.fx.GraphModule) -> None:
+    """Take out operations that only say a shape which a tensor has already: a fifth of a step."""
+    aten = torch.ops.aten
+    idle = (aten.expand.default, aten.view.default, aten._unsafe_view.default)
+    for node in list(recorded.graph.nodes):
+        if node.op == "call_function" and node.target in idle:
+            before, after = node.args[0].meta["val"], node.meta["val"]
+            if before.shape == after.shape and before.stride() == after.stride():
+                node.replace_all_uses_with(node.args[0])
+                recorded.graph.erase_node(node)
+    recorded.recompile()
 
 
 def _hand_over(

@@ -84,14 +84,24 @@ class Schedule:
         numpy.ndarray
             Shape (steps, clients, batch). What is not there is the client's first example.
         """
+        rows = self._first_rows.copy()
+        order = torch.cat([order for epochs in orders for order in epochs])
+        rows.reshape(-1)[self._places] += order.numpy()
+        return rows
+
+    @cached_property
+    def _first_rows(self) -> Counts:
+        """Return the row of the client's first example everywhere, shape as of ``rows``."""
         starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
-        rows = np.repeat(starts[:, None], self.steps * self.batch, axis=1)
-        for client, (size, epochs) in enumerate(zip(self.sizes, orders, strict=True)):
-            length = int(self.batches[client]) * self.batch
-            for epoch, order in enumerate(epochs):
-                rows[client, epoch * length : epoch * length + size] += order.numpy()
-        shape = len(self.sizes), self.steps, self.batch
-        return np.ascontiguousarray(rows.reshape(shape).swapaxes(0, 1))
+        shape = self.steps, len(self.sizes), self.batch
+        return np.broadcast_to(starts[:, None], shape).copy()
+
+    @cached_property
+    def _places(self) -> Counts:
+        """Return where in ``rows`` each client's examples go, epoch after epoch."""
+        places = np.arange(self._first_rows.size).reshape(self._first_rows.shape).swapaxes(0, 1)
+        there = np.arange(self.batch) < self.counts.T[:, :, None]
+        return places[there]
 
     def last_epoch(self, losses: torch.Tensor) -> list[float]:
         """Return each client's mean loss over its last epoch.
