@@ -3,10 +3,12 @@
 Run as ``python -m benchmarks.contenders ENGINE FILE ROUNDS STARTED``.
 """
 
+import logging
 import sys
 import time
 
 import torch
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -15,6 +17,7 @@ from benchmarks import plain
 from client.app import build_app, honest_job
 from client.task.evaluation import state_of
 from client.task.protocol import load_task
+from client.train import Job
 from server.federation import TEST, build_detector, central_measure, initial_model
 from server.settings import Settings
 from simulation.engines import ray
@@ -31,14 +34,11 @@ from unlearning.parameters import Parameters
 def make_grid(engine: str, app: ClientApp, clients: int, settings: Settings) -> Grid:
     """Return the grid of an in-process engine; the one place that knows how they are made."""
     options = settings.task_options()
-    together = engine == "batched"
-    return InProcessGrid(
-        app,
-        clients,
-        job_of=(lambda message, context: honest_job(message, context, options))
-        if together
-        else None,
-    )
+
+    def job_of(message: Message, context: Context) -> Job:
+        return honest_job(message, context, options)
+
+    return InProcessGrid(app, clients, job_of=job_of if engine == "batched" else None)
 
 
 def client_app(settings: Settings) -> ClientApp:
@@ -91,6 +91,7 @@ class Run:
 def main(engine: str, path: str, rounds: str, started: str) -> None:
     """Run one engine and report."""
     torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # as secateur run does
     meta = plain.read_meta(path)
     settings, clients = Settings.model_validate(meta["settings"]), int(meta["clients"])
     kind, _, screened = engine.partition("-")

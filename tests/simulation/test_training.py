@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import weakref
 
 import pytest
 import torch
@@ -521,3 +522,31 @@ def test_steps_that_cannot_be_recorded_are_computed_in_one_thread(monkeypatch, c
         "training steps are not recorded: no recording of this"
     ]
     assert all(distance(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_grows_with_the_chunk_and_not_with_the_clients(workers, monkeypatch):
+    monkeypatch.setattr(batched, "MOST_CLIENTS", 2)
+    task = Toy(mlp)
+    start = start_of(task)
+    alive = weakref.WeakSet()
+    train = batched.BatchedTraining.train
+
+    class Held:
+        """Stands for a chunk's models: it lives as long as they do."""
+
+    def watched(self, chunk, model):
+        trained = train(self, chunk, model)
+        trained.stack["0.weight"].held = held = Held()
+        alive.add(held)
+        return trained
+
+    monkeypatch.setattr(batched.BatchedTraining, "train", watched)
+    most = seen = 0
+    for outcomes in Training(workers).run(jobs_of(task, [4] * 40), start):
+        seen += len(outcomes)
+        del outcomes
+        most = max(most, len(alive))
+    assert seen == 40
+    # Of 20 chunks: what each worker makes or has made, and the one at hand.
+    assert 1 <= most <= workers + 2
