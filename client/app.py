@@ -93,7 +93,7 @@ def evaluate_reply(message: Message, context: Context, options: TaskOptions) -> 
 def training_settings(message: Message) -> messages.LocalTraining:
     """Read and validate what the server said about local training."""
     items = message.content[messages.CONFIG].items()
-    return _settings(tuple(item for item in items if item[0] != messages.SERVER_ROUND))
+    return _settings(tuple(item for item in items if item[0] in messages.TRAINING_KEYS))
 
 
 @functools.lru_cache(maxsize=8)

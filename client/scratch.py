@@ -69,6 +69,7 @@ def _at(place: _Place) -> Tensor:
 
 
 _kept = threading.local()
+_building = threading.Lock()
 
 
 def scratch_for(task: Task, device: torch.device) -> Scratch:
@@ -77,7 +78,8 @@ def scratch_for(task: Task, device: torch.device) -> Scratch:
     for kept_task, kept_device, scratch in found:
         if kept_task is task and kept_device == device:
             return scratch
-    scratch = Scratch(task, device)
+    with _building:  # building draws from torch's own generator, which all threads share
+        scratch = Scratch(task, device)
     found.append((task, device, scratch))
     del found[:-MOST]
     return scratch

@@ -41,12 +41,21 @@ class Job:
         return model if self.finish is None else self.finish(start, model)
 
 
-def do(job: Job, start: Parameters) -> tuple[Parameters, dict[str, float]]:
-    """Train from ``start``; return the model to send, on the CPU, and the metrics."""
+def do(job: Job, start: Parameters, *, draws: bool = True) -> tuple[Parameters, dict[str, float]]:
+    """Train from ``start``; return the model to send, on the CPU, and the metrics.
+
+    ``draws`` as for ``train``.
+    """
     scratch = scratch_for(job.task, job.device)
     scratch.load(start)
     metrics = train(
-        job.task, scratch.model, job.examples, job.settings, device=job.device, purpose=job.purpose
+        job.task,
+        scratch.model,
+        job.examples,
+        job.settings,
+        device=job.device,
+        purpose=job.purpose,
+        draws=draws,
     )
     return job.sent(start, scratch.state()), metrics
 
@@ -59,10 +68,12 @@ def train(
     *,
     device: torch.device,
     purpose: tuple[int, int],
+    draws: bool = True,
 ) -> dict[str, float]:
     """Train ``model``, which is on ``device``, in place; return the mean loss of the last epoch.
 
-    The same call always gives the same weights on a CPU.
+    The same call always gives the same weights on a CPU. Without ``draws`` torch's own generator,
+    which all threads share, is left alone: for models that draw nothing at random.
     """
     if not model.training:
         model.train()
@@ -70,8 +81,9 @@ def train(
     start = [p.detach().clone() for p in trainable] if settings.proximal_mu else []
     optimizer = optimizer_for(trainable, settings, purpose[0])
     loss_sum, count = 0.0, 0
-    with torch.random.fork_rng(devices=[]):
-        seed_dropout(device, derive_seed(settings.seed, "dropout", *purpose))
+    with torch.random.fork_rng(devices=[], enabled=draws):
+        if draws:
+            seed_dropout(device, derive_seed(settings.seed, "dropout", *purpose))
         for epoch in range(settings.local_epochs):
             order = torch.Generator().manual_seed(order_seed(settings, purpose, epoch))
             loss_sum, count = 0.0, 0
@@ -105,6 +117,8 @@ def seed_dropout(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 FLOAT32 = contextlib.nullcontext()

@@ -110,7 +110,7 @@ def average(replies: Iterable[Reply], previous: Parameters, screen: Screen | Non
             kind: tuple[object, ...] = (answer.num_examples,)
             if screen is not None:
                 length = norms[answer.client] = block.norms[row]
-                octave = math.frexp(length)[1] if length else None
+                octave = math.frexp(length)[1] if 0 < length < math.inf else str(length)
                 kind = (*kind, octave, *sorted(answer.metrics))
             members[kind].append(row)
         for kind, rows in members.items():

@@ -65,6 +65,10 @@ class LocalTraining(BaseModel):
         return ConfigRecord(self.model_dump(by_alias=True, include=fields))
 
 
+TRAINING_KEYS = frozenset(field.alias or "" for field in LocalTraining.model_fields.values())
+"""Keys of ``config`` that say how to train."""
+
+
 def record_from(model: Parameters, row: int | None = None) -> ArrayRecord:
     """Encode parameters; names, shapes and dtypes are kept, tensors are shared.
 

@@ -27,6 +27,7 @@ from client.task.evaluation import load_state
 from client.task.protocol import size_of
 from client.train import Job, optimizer_for, order_seed, precision
 from simulation.engines.schedule import Schedule
+from strategies.messages import LocalTraining
 from strategies.screen import one_line
 from unlearning.parameters import Parameters
 from unlearning.randomness import generator
@@ -44,8 +45,10 @@ KEPT_DATA = 512 * 2**20
 TRACE_AFTER = 24
 """Steps of one shape after which it pays to record its operations and replay them."""
 KEPT_TRACES = 16
+TRIED = 16
+"""Examples with which training together is tried before it is trusted."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""Of the norm of a gradient, when one client at a time is compared with two at once."""
+"""Of the norm of the gradient, when one client at a time is compared with two at once."""
 
 Step = Callable[..., tuple[dict[str, Tensor], Tensor]]
 """Parameters, masks, inputs, targets, weights -> gradients and losses; all with a client axis."""
@@ -92,7 +95,7 @@ class BatchedTraining:
     Parameters
     ----------
     job
-        That with most examples of the jobs to come; they must have the same task, settings, device
+        That with most examples of the jobs to come; they must have the same task, device, precision
         and kind of data.
     start
         Any model.
@@ -104,35 +107,41 @@ class BatchedTraining:
     """
 
     def __init__(self, job: Job, start: Parameters) -> None:
-        self.settings = job.settings
-        self._task, self._device = job.task, job.device
+        self._task, self._device, self._settings = job.task, job.device, job.settings
         self._model = _model(job)
         self._masks = _without_dropout(self._model)
         load_state(self._model, start)
-        self._trainable = tuple(n for n, p in self._model.named_parameters() if p.requires_grad)
+        self._sample = _sample(job)
+        self.tried = len(self._sample[1])
+        """Examples that it was tried with; a trial with one says little."""
+        self._mask_shapes, self._activations = _shapes(self._model, self._masks, self._sample[0])
+        self._trainable: tuple[str, ...] = tuple(
+            name for name, p in self._model.named_parameters() if p.requires_grad
+        )
         self._gradient = self._vectorised()
-        self._one = _first(job, 1)
-        self._largest = size_of(job.examples)
-        self._mask_shapes, self._activations = _shapes(self._model, self._masks, self._one[0])
         self._traced: dict[tuple[int, int], Step] = {}
         self._unrecordable = False
         self._used: collections.Counter[tuple[int, int]] = collections.Counter()
+        self._constants: dict[str, Tensor] = {}
         self._data: dict[tuple[int, ...], _ChunkData] = {}
         self._data_before: dict[tuple[int, ...], _ChunkData] = {}
         self._lock = threading.Lock()
-        self._probe(job)
+        self._device_chunks: dict[LocalTraining, int] = {}
+        self._probe()
 
-    @functools.cached_property
-    def chunk(self) -> int:
-        """Return how many clients fit into memory at once."""
-        batch = min(self.settings.batch_size, self._largest)
+    def chunk(self, job: Job) -> int:
+        """Return how many clients fit into memory at once; ``job`` is that with most examples."""
+        settings = job.settings
+        batch = min(settings.batch_size, size_of(job.examples))
         size = sum(p.nbytes for p in self._model.parameters())
-        states = {"adam": 2, "sgd": int(self.settings.momentum > 0)}[self.settings.optimizer]
-        a_client = size * (3 + states) + 2 * self._activations * batch
-        free = CPU_BUDGET
-        if self._device.type == "cuda":
-            free = int(torch.cuda.mem_get_info(self._device)[0] * DEVICE_SHARE)
-        return max(1, min(MOST_CLIENTS, free // max(1, a_client)))
+        states = {"adam": 2, "sgd": int(settings.momentum > 0)}[settings.optimizer]
+        a_client = max(1, size * (3 + states) + 2 * self._activations * batch)
+        if self._device.type != "cuda":
+            return max(1, min(MOST_CLIENTS, CPU_BUDGET // a_client))
+        if settings not in self._device_chunks:  # later, memory is full of what is kept for reuse
+            free = torch.cuda.mem_get_info(self._device)[0] * DEVICE_SHARE
+            self._device_chunks[settings] = max(1, min(MOST_CLIENTS, int(free) // a_client))
+        return self._device_chunks[settings]
 
     def prepare(self, start: Parameters, chunks: Sequence[Sequence[Job]]) -> bool:
         """Get ready for a round: set the model, and record steps that come often enough.
@@ -146,6 +155,13 @@ class BatchedTraining:
             Whether the chunks may be trained in several threads.
         """
         load_state(self._model, start)
+        constants = {name: start[name] for name in start if name not in self._trainable}
+        if any(
+            not torch.equal(t, self._constants.get(n, t.new_empty(0))) for n, t in constants.items()
+        ):
+            # A model may read a buffer as a number, which is then part of what was recorded.
+            self._traced.clear()
+            self._constants = {name: tensor.clone() for name, tensor in constants.items()}
         # What the last round did not use is not kept: a task may make its data anew every time.
         self._data_before, self._data = self._data, {}
         shapes: collections.Counter[tuple[int, int]] = collections.Counter()
@@ -180,14 +196,14 @@ class BatchedTraining:
         jobs
             Sorted by size, the largest first; none without examples.
         """
+        settings, number = jobs[0].settings, jobs[0].purpose[0]
         data = self._chunk_data(jobs)
         schedule = data.schedule
         rows = torch.from_numpy(schedule.rows(_orders(jobs, schedule))).to(self._device)
         masks = self._draw_masks(jobs, schedule)
         origin = {name: start[name].to(self._device) for name in self._trainable}
         stack = {n: t.expand(len(jobs), *t.shape).clone() for n, t in origin.items()}
-        number = jobs[0].purpose[0]
-        optimizer = optimizer_for(list(stack.values()), self.settings, number)
+        optimizer = optimizer_for(list(stack.values()), settings, number)
         done = {name: torch.empty_like(tensor) for name, tensor in stack.items()}
         losses = torch.zeros(schedule.steps, len(jobs), device=self._device)
         width = len(jobs)
@@ -195,7 +211,7 @@ class BatchedTraining:
             if schedule.widths[step] < width:
                 width = schedule.widths[step]
                 narrow = {name: tensor[:width].clone() for name, tensor in stack.items()}
-                fresh = optimizer_for(list(narrow.values()), self.settings, number)
+                fresh = optimizer_for(list(narrow.values()), settings, number)
                 _hand_over(optimizer, stack, fresh, narrow)
                 stack, optimizer = narrow, fresh
             inputs, targets = data.batch(rows[step, :width])
@@ -205,8 +221,8 @@ class BatchedTraining:
             )
             for name, tensor in stack.items():
                 tensor.grad = gradients[name]
-                if self.settings.proximal_mu:
-                    tensor.grad += self.settings.proximal_mu * (tensor - origin[name])
+                if settings.proximal_mu:
+                    tensor.grad += settings.proximal_mu * (tensor - origin[name])
             optimizer.step()
             losses[step, :active] = values[:active]
             going_on = schedule.active[step + 1] if step + 1 < schedule.steps else 0
@@ -235,7 +251,7 @@ class BatchedTraining:
             targets: Tensor,
             weights: Tensor,
         ) -> Tensor:
-            with precision(self.settings, self._device):
+            with precision(self._settings, self._device):
                 outputs = functional_call(self._model, {**parameters, **masks}, (inputs,))
                 losses = vmap(loss_of_one)(outputs, targets)
             return (losses * weights).sum()
@@ -254,49 +270,64 @@ class BatchedTraining:
             for name, shape in self._mask_shapes.items()
         }
         inputs, targets = (
-            tensor[:1].expand(width, size, *tensor.shape[1:]).contiguous() for tensor in self._one
+            tensor[:1].expand(width, size, *tensor.shape[1:]).contiguous()
+            for tensor in self._sample
         )
         return stack, masks, inputs, targets, torch.ones(width, size, device=self._device)
 
-    def _probe(self, job: Job) -> None:
+    def _probe(self) -> None:
         """Compare two clients at once, one of them padded, with each alone."""
-        inputs, targets = _first(job, 3)
+        inputs, targets = self._sample
         count = len(targets)
-        fewer = max(1, count - 1)
-        stack, masks, *_, weights = self._example(2, count)
-        weights /= count
-        weights[1, :fewer], weights[1, fewer:] = 1 / fewer, 0
+        sizes = (count, max(1, count - 1))
+        source = torch.Generator().manual_seed(0)
+        masks = {
+            name: torch.rand(2, count, *shape, generator=source).to(self._device)
+            for name, shape in self._mask_shapes.items()
+        }
+        alone = [
+            self._alone(
+                {n: m[client, :size] for n, m in masks.items()}, inputs[:size], targets[:size]
+            )
+            for client, size in enumerate(sizes)
+        ]
+        # What gets no gradient no optimizer touches.
+        self._trainable = tuple(n for n in self._trainable if n in alone[0][0])
+        stack, _, _, _, weights = self._example(2, count)
+        for client, size in enumerate(sizes):
+            weights[client, :size], weights[client, size:] = 1 / size, 0
         twice = [torch.stack([tensor, tensor]) for tensor in (inputs, targets)]
         before = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        try:
-            gradients, losses = self._gradient(stack, masks, *twice, weights)
-        except Exception as error:  # a user's model may raise anything here
-            raise NotBatchableError(f"it cannot be vectorised: {one_line(error)}") from error
-        changed = [n for n, b in self._model.named_buffers() if not torch.equal(b, before[n])]
-        if changed:
-            raise NotBatchableError(f"training changes its buffer {changed[0]}")
-        for client, size in enumerate((count, fewer)):
-            alone, loss = self._alone(inputs[:size], targets[:size])
-            pairs = [(losses[client], loss), *((gradients[n][client], alone[n]) for n in alone)]
-            for found, expected in pairs:
-                limit = TOLERANCE[self.settings.precision] * (1 + float(expected.detach().norm()))
-                if not float((found - expected).detach().norm()) <= limit and bool(
-                    expected.isfinite().all()
-                ):
+        gradients, losses = self._gradient(stack, masks, *twice, weights)
+        for name, buffer in self._model.named_buffers():
+            if not torch.equal(buffer, before[name]):
+                raise NotBatchableError(f"training changes its buffer {name}")
+        for client, (expected, loss) in enumerate(alone):
+            whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+            if not bool(torch.isfinite(loss) & torch.isfinite(whole)):
+                raise NotBatchableError("its loss is not finite on the examples it was tried with")
+            pairs = [(losses[client], loss, loss.abs())]
+            pairs += [(gradients[n][client], g, whole) for n, g in expected.items()]
+            for found, wanted, scale in pairs:
+                if not bool((found - wanted).norm() <= TOLERANCE[self._settings.precision] * scale):
                     raise NotBatchableError(
                         "its loss is no mean over examples, or examples of a batch influence one "
                         "another"
                     )
 
-    def _alone(self, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        with precision(self.settings, self._device):
-            loss = self._task.loss(self._model(inputs), targets)
+    def _alone(
+        self, masks: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return one client's gradients, of what has any, and its loss."""
+        with precision(self._settings, self._device):
+            outputs = functional_call(self._model, dict(masks), (inputs.clone(),))
+            loss = self._task.loss(outputs, targets)
         parameters = dict(self._model.named_parameters())
-        found = torch.autograd.grad(
-            loss, [parameters[n] for n in self._trainable], allow_unused=True
+        wanted = [parameters[name] for name in self._trainable]
+        found = zip(
+            self._trainable, torch.autograd.grad(loss, wanted, allow_unused=True), strict=True
         )
-        pairs = zip(self._trainable, found, strict=True)
-        return {n: torch.zeros_like(parameters[n]) if g is None else g for n, g in pairs}, loss
+        return {name: gradient for name, gradient in found if gradient is not None}, loss.detach()
 
     # ------------------------------------------------------------ data and masks
     def _chunk_data(self, jobs: Sequence[Job]) -> "_ChunkData":
@@ -327,10 +358,16 @@ class BatchedTraining:
             for client in range(width):
                 count = int(counts[client])
                 for name, shape in self._mask_shapes.items():
-                    kept = 1 - self._masks[name].rate
-                    mask = torch.empty(count, *shape).bernoulli_(kept, generator=sources[client])
-                    masks[name][client, :count] = mask.div_(kept)
+                    masks[name][client, :count] = _drawn(
+                        (count, *shape), self._masks[name].rate, sources[client]
+                    )
             yield {name: mask.to(self._device) for name, mask in masks.items()}
+
+
+def _drawn(shape: tuple[int, ...], rate: float, source: torch.Generator) -> Tensor:
+    if rate == 1:
+        return torch.zeros(shape)  # torch draws nothing for it
+    return torch.empty(shape).bernoulli_(1 - rate, generator=source).div_(1 - rate)
 
 
 class _ChunkData:
@@ -361,7 +398,7 @@ def _schedule(jobs: Sequence[Job]) -> Schedule:
     return _scheduled(sizes, min(settings.batch_size, sizes[0]), settings.local_epochs)
 
 
-_scheduled = functools.lru_cache(maxsize=256)(Schedule)
+_scheduled = functools.lru_cache(maxsize=8)(Schedule)
 
 
 def _orders(jobs: Sequence[Job], schedule: Schedule) -> list[list[Tensor]]:
@@ -386,14 +423,27 @@ def tensors_of(job: Job) -> tuple[Tensor, Tensor]:
 
 
 def kind_of(job: Job) -> tuple[Any, ...]:
-    """Return what jobs must share to be trained together."""
+    """Return what jobs must share to be trained together in one round."""
+    return *model_kind(job), job.settings, job.purpose[0]
+
+
+def model_kind(job: Job) -> tuple[Any, ...]:
+    """Return what jobs must share to be trained with the same ``BatchedTraining``."""
     shapes = [(tensor.shape[1:], tensor.dtype) for tensor in tensors_of(job)]
-    return id(job.task), job.settings, job.device, *shapes
+    return id(job.task), job.device, job.settings.precision, *shapes
 
 
-def _first(job: Job, count: int) -> tuple[Tensor, Tensor]:
+def _sample(job: Job) -> tuple[Tensor, Tensor]:
+    """Return copies of some of a client's examples, of as many classes as there are."""
     inputs, targets = tensors_of(job)
-    return inputs[:count].to(job.device), targets[:count].to(job.device)
+    usable = torch.arange(len(targets))
+    if inputs.is_floating_point():
+        usable = usable[torch.isfinite(inputs.flatten(1)).all(dim=1)]
+    labels = targets[usable].reshape(len(usable), -1)[:, 0]
+    # One example of each class before a second one of any, so that no class alone is looked at.
+    repeats = torch.stack([(labels[:row] == label).sum() for row, label in enumerate(labels[:500])])
+    chosen = usable[torch.argsort(repeats, stable=True)[:TRIED]]
+    return inputs[chosen].clone().to(job.device), targets[chosen].clone().to(job.device)
 
 
 def _model(job: Job) -> nn.Module:
@@ -435,14 +485,14 @@ def _shapes(
         nonlocal size
         size += output.nbytes if isinstance(output, Tensor) else 0
         if isinstance(module, Mask):
+            if not arguments[0].is_contiguous():  # torch draws in the order of memory
+                raise NotBatchableError("a dropout layer's input is not contiguous in memory")
             seen.append((module, tuple(arguments[0].shape[1:])))
 
     leaves = [module for module in model.modules() if not list(module.children())]
     hooks = [module.register_forward_hook(look) for module in leaves]
     try:
-        model(inputs)
-    except Exception as error:  # a user's model may raise anything here
-        raise NotBatchableError(f"it cannot be run on one example: {one_line(error)}") from error
+        model(inputs.clone())
     finally:
         for hook in hooks:
             hook.remove()
@@ -450,7 +500,7 @@ def _shapes(
     shapes = {names[id(mask)]: shape for mask, shape in seen}
     if len(shapes) < len(seen) or len(shapes) < len(masks):
         raise NotBatchableError("a dropout layer is used more or less than once")
-    return shapes, size
+    return shapes, size // len(inputs)
 
 
 def _without_idle_steps(recorded: torch.fx.GraphModule) -> None:

@@ -31,9 +31,9 @@ class InProcessGrid(Grid):
     clients
         Number of clients; each holds one partition.
     job_of
-        Given, ``train`` messages do not go through the app: many clients train at once, and
-        ``send_and_receive`` returns an iterator that trains as it is read. What the app does with
-        all other messages stays its own.
+        Given, ``train`` messages go neither through the app nor its mods, and ``Context.state`` is
+        not touched: many clients train at once, and ``send_and_receive`` returns an iterator that
+        trains as it is read. All other messages go through the app.
     """
 
     def __init__(
@@ -110,16 +110,21 @@ class InProcessGrid(Grid):
 
     def _train(self, sent: Sequence[Message]) -> Iterator[Message]:
         """Train the clients written to; the messages carry the same content."""
+        try:
+            start = start_of(sent[0])
+        except Exception as error:  # noqa: BLE001  so would every client's ClientApp
+            yield from (flower.with_id(flower.error_reply(message, error)) for message in sent)
+            return
         asked, jobs = [], []
         for message in sent:
             try:
                 job = self._job_of(message, self.contexts[message.metadata.dst_node_id])  # type: ignore[misc]
+                size_of(job.examples)
             except Exception as error:  # noqa: BLE001  so would the ClientApp
                 yield flower.with_id(flower.error_reply(message, error))
             else:
                 asked.append(message)
                 jobs.append(job)
-        start = start_of(sent[0])
         for outcomes in self._training.run(jobs, start):
             for position, outcome in outcomes:
                 reply = _reply(asked[position], outcome, size_of(jobs[position].examples))

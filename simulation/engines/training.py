@@ -1,7 +1,6 @@
 """Run many clients' training jobs in this process, in the fastest way that is right for them."""
 
 import collections
-import functools
 import logging
 import os
 import weakref
@@ -18,16 +17,24 @@ from client.scratch import scratch_for
 from client.task.protocol import size_of
 from client.train import Job, do
 from simulation.engines.batched import (
+    MOST_CLIENTS,
+    TRIED,
     BatchedTraining,
     NotBatchableError,
     Trained,
     kind_of,
+    model_kind,
     tensors_of,
 )
 from strategies.screen import one_line
 from unlearning.parameters import Parameters
 
 log = logging.getLogger("secateur")
+
+KEPT_MODELS = 4
+"""Tasks, precisions and kinds of data for which a stacked model is kept."""
+CANDIDATES = 3
+"""Clients whose data training together is tried with, before it is given up."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -70,9 +77,10 @@ class Training:
 
     def __init__(self, workers: int | None = None) -> None:
         self._workers = workers or cpus()
-        self._batched: dict[object, BatchedTraining | str] = {}
+        self._batched: collections.OrderedDict[object, BatchedTraining] = collections.OrderedDict()
+        self._reasons: dict[object, str] = {}
         self._tasks: list[object] = []  # kept, so that no other object gets their ids
-        self._limits: dict[int, int] = {}
+        self._limit = MOST_CLIENTS
         self._in_threads: dict[object, bool] = {}
         self._pool: ThreadPoolExecutor | None = None
 
@@ -81,100 +89,129 @@ class Training:
 
         Memory grows with what is yielded at a time, not with the jobs.
         """
-        empty, groups = [], collections.defaultdict(list)
+        groups = collections.defaultdict(list)
         for position, job in enumerate(jobs):
+            if not size_of(job.examples):
+                yield [(position, alone(job, start))]
+                continue
             try:
-                kind = kind_of(job) if size_of(job.examples) else None
+                kind = kind_of(job)
             except NotBatchableError as error:
                 kind = (id(job.task), str(error))
                 self._refuse(kind, job, error)
-            if kind is None:
-                empty.append(position)
-            else:
-                groups[kind].append(position)
-        for position in empty:
-            yield [(position, alone(jobs[position], start))]
+            groups[kind].append(position)
         for kind, positions in groups.items():
-            largest = max(positions, key=lambda position: size_of(jobs[position].examples))
-            batched = self._prepared(kind, jobs[largest], start)
-            if isinstance(batched, BatchedTraining):
+            # Clients of one chunk wait for the largest of it: those of a size belong together.
+            positions.sort(key=lambda position: (-size_of(jobs[position].examples), position))
+            batched = self._prepared(kind, [jobs[position] for position in positions], start)
+            if batched is not None:
                 yield from self._together(batched, jobs, positions, start)
-            elif len(positions) > 1 and self._threads_help(kind, jobs[positions[0]], start):
-                yield from self._side_by_side(jobs, positions, start)
+            elif len(positions) > 1 and self._threads_help(jobs[positions[0]], start):
+                yield from self._side_by_side(jobs, sorted(positions), start)
             else:
-                for position in positions:
+                for position in sorted(positions):
                     yield [(position, alone(jobs[position], start))]
 
-    def _prepared(self, kind: object, job: Job, start: Parameters) -> BatchedTraining | str:
-        if kind not in self._batched:
-            try:
-                self._batched[kind] = BatchedTraining(job, start)
-                self._tasks.append(job.task)
-            except NotBatchableError as error:
-                self._refuse(kind, job, error)
-        return self._batched[kind]
+    def _prepared(
+        self, kind: object, jobs: Sequence[Job], start: Parameters
+    ) -> BatchedTraining | None:
+        """Return what trains these jobs together; ``None`` if nothing does."""
+        if kind in self._reasons:
+            return None
+        key = model_kind(jobs[0])
+        if key in self._reasons:
+            return None
+        found = self._batched.get(key)
+        if found is None or found.tried < min(TRIED, size_of(jobs[0].examples)):
+            found = self._tried(key, jobs, start)
+        if found is not None:
+            self._batched[key] = found
+            self._batched.move_to_end(key)
+            while len(self._batched) > KEPT_MODELS:
+                self._batched.popitem(last=False)
+        return found
 
-    def _refuse(self, kind: object, job: Job, error: NotBatchableError) -> None:
-        if kind not in self._batched:
-            self._batched[kind] = str(error)
+    def _tried(self, key: object, jobs: Sequence[Job], start: Parameters) -> BatchedTraining | None:
+        refused: Exception | None = None
+        for job in jobs[:CANDIDATES]:  # the data of one may be what is at fault
+            try:
+                made = BatchedTraining(job, start)
+            except NotBatchableError as error:
+                refused = refused or error
+            except Exception as error:  # noqa: BLE001  a user's model may raise anything here
+                refused = refused or NotBatchableError(
+                    f"it cannot be vectorised: {one_line(error)}"
+                )
+            else:
+                self._tasks.append(job.task)
+                return made
+        self._refuse(key, jobs[0], refused)
+        return None
+
+    def _refuse(self, key: object, job: Job, reason: object) -> None:
+        if key not in self._reasons:
+            self._reasons[key] = str(reason)
             self._tasks.append(job.task)
-            log.info("clients are not trained in batches: %s", error)
+            log.info("clients are not trained in batches: %s", reason)
 
     # ------------------------------------------------------------ together
     def _together(
         self,
         batched: BatchedTraining,
         jobs: Sequence[Job],
-        positions: Sequence[int],
+        ordered: Sequence[int],
         start: Parameters,
     ) -> Iterator[list[Outcome]]:
-        # Clients of one chunk wait for the largest of it: those of a size belong together.
-        ordered = sorted(positions, key=lambda p: (-size_of(jobs[p].examples), p))
-        limit = min(batched.chunk, self._limits.get(id(batched), len(jobs)))
+        """Train jobs, the largest first, in chunks."""
+        limit = min(batched.chunk(jobs[ordered[0]]), self._limit)
         chunks = [ordered[i : i + limit] for i in range(0, len(ordered), limit)]
         threads = batched.prepare(start, [[jobs[p] for p in chunk] for chunk in chunks])
-        threads = threads and len(chunks) > 1 and jobs[positions[0]].device.type == "cpu"
-        attempt = functools.partial(self._attempt, batched, jobs, start=start)
-        if not threads:
-            for chunk in chunks:
-                yield from attempt(chunk)
-        else:
-            made = in_order(self._threads(), lambda c: list(attempt(c)), chunks, self._workers)
-            for outcomes in made:
-                yield from outcomes
+        threads = threads and len(chunks) > 1 and jobs[ordered[0]].device.type == "cpu"
 
-    def _attempt(
+        def attempt(chunk: Sequence[int]) -> Trained | str | None:
+            return _attempt(batched, [jobs[position] for position in chunk], start)
+
+        made = (
+            in_order(self._threads(), attempt, chunks, self._workers)
+            if threads
+            else map(attempt, chunks)
+        )
+        for chunk, found in zip(chunks, made, strict=True):
+            yield from self._finished(chunk, found, attempt, jobs, start)
+
+    def _finished(
         self,
-        batched: BatchedTraining,
-        jobs: Sequence[Job],
         chunk: Sequence[int],
+        found: Trained | str | None,
+        attempt: Callable[[Sequence[int]], Trained | str | None],
+        jobs: Sequence[Job],
         start: Parameters,
     ) -> Iterator[list[Outcome]]:
-        chosen = [jobs[position] for position in chunk]
-        try:
-            trained = batched.train(chosen, start)
-        except torch.OutOfMemoryError as error:
-            if len(chunk) == 1:
-                yield [(chunk[0], error)]
-                return
-            half = len(chunk) // 2
-            self._limits[id(batched)] = half
-            log.warning("out of memory with %d clients at once: going on with %d", len(chunk), half)
-            torch.cuda.empty_cache()
-            yield from self._attempt(batched, jobs, chunk[:half], start)
-            yield from self._attempt(batched, jobs, chunk[half:], start)
-        except Exception as error:  # noqa: BLE001  one client's data may break the whole step
-            log.warning("%d clients are trained one by one: %s", len(chunk), one_line(error))
+        """Yield a chunk's outcomes; where its training failed, in this thread, some other way."""
+        if isinstance(found, Trained):
+            updates = _updates(found, [jobs[position] for position in chunk], start)
+            yield list(zip(chunk, updates, strict=True))
+        elif isinstance(found, str):
+            log.warning("%d clients are trained one by one: %s", len(chunk), found)
             for position in chunk:
                 yield [(position, alone(jobs[position], start))]
+        elif len(chunk) == 1:
+            yield [(chunk[0], torch.OutOfMemoryError("this client's training does not fit"))]
         else:
-            yield list(zip(chunk, _updates(trained, chosen, start), strict=True))
+            half = len(chunk) // 2
+            self._limit = min(self._limit, half)
+            log.warning("out of memory with %d clients at once: going on with %d", len(chunk), half)
+            torch.cuda.empty_cache()
+            for part in (chunk[:half], chunk[half:]):
+                yield from self._finished(part, attempt(part), attempt, jobs, start)
 
     # ------------------------------------------------------------ side by side
-    def _threads_help(self, kind: object, job: Job, start: Parameters) -> bool:
-        if kind not in self._in_threads:
-            self._in_threads[kind] = self._may_use_threads(job, start)
-        return self._in_threads[kind]
+    def _threads_help(self, job: Job, start: Parameters) -> bool:
+        key = id(job.task), job.device, job.settings.precision
+        if key not in self._in_threads:
+            self._in_threads[key] = self._may_use_threads(job, start)
+            self._tasks.append(job.task)
+        return self._in_threads[key]
 
     def _may_use_threads(self, job: Job, start: Parameters) -> bool:
         """Say whether threads are faster and safe: heavy operations, and nothing drawn at random.
@@ -183,32 +220,32 @@ class Training:
         """
         if job.device.type != "cpu" or self._workers < 2:
             return False
-        scratch = scratch_for(job.task, job.device)
-        heavy = any(isinstance(module, _ConvNd) for module in scratch.model.modules())
         try:
             inputs, targets = tensors_of(job)
-        except NotBatchableError:
+            scratch = scratch_for(job.task, job.device)
+            if not any(isinstance(module, _ConvNd) for module in scratch.model.modules()):
+                return False
+            scratch.load(start)
+            scratch.model.train()
+            with torch.random.fork_rng(devices=[]):
+                before = torch.random.get_rng_state()
+                loss = job.task.loss(scratch.model(inputs[:2].clone()), targets[:2])
+                loss.backward()  # type: ignore[no-untyped-call]
+                return torch.equal(before, torch.random.get_rng_state())
+        except Exception:  # noqa: BLE001  said by the client itself, which is then trained alone
             return False
-        if not heavy:
-            return False
-        scratch.load(start)
-        scratch.model.train()
-        with torch.random.fork_rng(devices=[]):
-            before = torch.random.get_rng_state()
-            loss = job.task.loss(scratch.model(inputs[:2]), targets[:2])
-            loss.backward()  # type: ignore[no-untyped-call]
-            return torch.equal(before, torch.random.get_rng_state())
 
     def _side_by_side(
         self, jobs: Sequence[Job], positions: Sequence[int], start: Parameters
     ) -> Iterator[list[Outcome]]:
-        # Every thread sets the seed and puts back what it found, which may be another's.
-        with torch.random.fork_rng(devices=[]):
-            made = in_order(
-                self._threads(), lambda p: alone(jobs[p], start), positions, 2 * self._workers
-            )
-            for position, outcome in zip(positions, made, strict=True):
-                yield [(position, outcome)]
+        made = in_order(
+            self._threads(),
+            lambda position: alone(jobs[position], start, draws=False),
+            positions,
+            2 * self._workers,
+        )
+        for position, outcome in zip(positions, made, strict=True):
+            yield [(position, outcome)]
 
     def _threads(self) -> ThreadPoolExecutor:
         """Return the threads, started once: each keeps a model of its own."""
@@ -226,13 +263,28 @@ def cpus() -> int:
     return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
-def alone(job: Job, start: Parameters) -> Update | Exception:
+def alone(job: Job, start: Parameters, *, draws: bool = True) -> Update | Exception:
     """Do one job; return what the client raised, if anything."""
     try:
-        model, metrics = do(job, start)
+        model, metrics = do(job, start, draws=draws)
     except Exception as error:  # noqa: BLE001  a client may raise anything
         return error
     return Update(model, None, metrics)
+
+
+def _attempt(
+    batched: BatchedTraining, jobs: Sequence[Job], start: Parameters
+) -> Trained | str | None:
+    """Train a chunk; return why it failed, or ``None`` where memory was too small.
+
+    The exception itself would keep alive whatever the failed attempt had made.
+    """
+    try:
+        return batched.train(jobs, start)
+    except torch.OutOfMemoryError:
+        return None
+    except Exception as error:  # noqa: BLE001  one client's data may break the whole step
+        return one_line(error)
 
 
 def in_order(
