@@ -43,12 +43,13 @@ def run(
     scenario: Annotated[str, typer.Argument(help="Name, or path of a TOML file.")],
     engine: Annotated[Engine, typer.Option(help="How clients are run.")] = "inprocess",
     batch: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            help="In process, train many clients in one step where the model allows; without, one "
-            "after another, bit for bit as on Ray."
+            "--batch/--no-batch",
+            help="In process, train many clients in one step where the model allows (default), or "
+            "one after another, bit for bit as on Ray.",
         ),
-    ] = True,
+    ] = None,
     seed: Seed = None,
     set_: Annotated[
         list[str] | None,
@@ -71,6 +72,11 @@ def run(
             f"--ray-address {ray_address} is for --engine ray, and the engine is {engine}; leave "
             "one of them out"
         )
+    if batch is not None and engine == "ray":
+        raise click.UsageError(
+            f"--{'' if batch else 'no-'}batch is for --engine inprocess, and the engine is ray, "
+            "which trains one client at a time in every process; leave one of them out"
+        )
     overrides = parse_overrides(set_ or [])
     overrides |= _given(seed=seed, device=device)
     if data_dir is not None:
@@ -78,7 +84,7 @@ def run(
     execute(
         scenario,
         engine=engine,
-        batch=batch,
+        batch=batch is not False,
         overrides=overrides,
         out=out,
         as_json=as_json,
@@ -122,7 +128,8 @@ def execute(
     from simulation.scenario import load_scenario  # noqa: PLC0415
 
     scenario = load_scenario(name, overrides)
-    folder = out or default_folder(scenario, overrides)
+    batched = batch and engine == "inprocess"
+    folder = out or default_folder(scenario, overrides, one_by_one=not batch)
     created = prepare_folder(folder)
 
     def clean_up() -> None:
@@ -138,7 +145,7 @@ def execute(
             experiment = play(
                 scenario, engine, progress, interrupted, batch=batch, ray_address=ray_address
             )
-        report = write(experiment, engine, folder)
+        report = write(experiment, engine, folder, batched=batched)
     except BaseException:
         clean_up()
         raise
@@ -148,7 +155,9 @@ def execute(
         summary(report, folder)
 
 
-def default_folder(scenario: "Scenario", overrides: Mapping[str, Any]) -> Path:
+def default_folder(
+    scenario: "Scenario", overrides: Mapping[str, Any], *, one_by_one: bool = False
+) -> Path:
     """Return where a report goes unless told otherwise: a run with changed settings has its own."""
     name = f"{scenario.name}-seed{scenario.settings.seed}"
     from simulation.scenario import UNTOLD  # noqa: PLC0415
@@ -157,7 +166,7 @@ def default_folder(scenario: "Scenario", overrides: Mapping[str, Any]) -> Path:
     if changes:
         text = json.dumps(changes, sort_keys=True, default=str)
         name += f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-    return Path("runs") / name
+    return Path("runs") / (f"{name}-no-batch" if one_by_one else name)
 
 
 def play(
@@ -227,7 +236,9 @@ def prepare_folder(folder: Path) -> list[Path]:
     return made[::-1]
 
 
-def write(experiment: "Experiment", engine: str, folder: Path) -> dict[str, Any]:
+def write(
+    experiment: "Experiment", engine: str, folder: Path, *, batched: bool = False
+) -> dict[str, Any]:
     """Write all files; each appears complete or not at all."""
     from safetensors.torch import save  # noqa: PLC0415
 
@@ -235,7 +246,7 @@ def write(experiment: "Experiment", engine: str, folder: Path) -> dict[str, Any]
     from simulation.plots import figures  # noqa: PLC0415
     from simulation.report import report_of  # noqa: PLC0415
 
-    report = report_of(experiment.outcome, engine)
+    report = report_of(experiment.outcome, engine, batched=batched)
     model = experiment.outcome.points["final"].model
     files = {
         "report.json": (json.dumps(report, indent=2) + "\n").encode(),

@@ -41,6 +41,7 @@ class Progress:
         )
         self._tasks: dict[str, Any] = {}
         self._handler = _Notes(self._console)
+        self._before = logging.NOTSET, True
 
     def __enter__(self) -> Self:
         """Start showing."""
@@ -53,6 +54,7 @@ class Progress:
         self._bar.start()
         self._task("federation", scenario.settings.rounds)
         notes = logging.getLogger("secateur")
+        self._before = notes.level, notes.propagate
         notes.addHandler(self._handler)
         notes.setLevel(logging.INFO)
         notes.propagate = False
@@ -65,7 +67,10 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         """Stop showing."""
-        logging.getLogger("secateur").removeHandler(self._handler)
+        notes = logging.getLogger("secateur")
+        notes.removeHandler(self._handler)
+        level, notes.propagate = self._before
+        notes.setLevel(level)
         self._bar.stop()
 
     def round(self, stage: str, record: RoundRecord) -> None:

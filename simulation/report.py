@@ -22,8 +22,8 @@ FORGETTING_TOLERANCE = 0.03
 QUESTIONS = ("utility", "forgetting", "privacy", "hidden_knowledge")
 
 
-def report_of(outcome: Outcome, engine: str) -> dict[str, Any]:
-    """Return the report as plain JSON values."""
+def report_of(outcome: Outcome, engine: str, *, batched: bool = False) -> dict[str, Any]:
+    """Return the report as plain JSON values; ``batched`` says how clients were trained."""
     scenario = outcome.scenario
     points = outcome.points
     return {
@@ -39,7 +39,7 @@ def report_of(outcome: Outcome, engine: str) -> dict[str, Any]:
             "attack": scenario.attack.model_dump(mode="json") if scenario.attack else None,
             "baselines": scenario.baselines.model_dump(),
         },
-        "environment": _environment(scenario.settings.device),
+        "environment": {**_environment(scenario.settings.device), "batched": batched},
         "clients": {
             "total": scenario.clients.total,
             "malicious": list(outcome.malicious),

@@ -41,6 +41,7 @@ from strategies.screen import (
     read_form,
     read_model,
 )
+from unlearning.errors import SecateurError
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer
 
@@ -96,7 +97,12 @@ def average(replies: Iterable[Reply], previous: Parameters, screen: Screen | Non
     previous
         The model that was sent out.
     screen
-        ``None`` to use every reply that is no error, unchecked.
+        ``None`` to use every reply that is no error.
+
+    Raises
+    ------
+    SecateurError
+        If nothing is screened and a reply's model has not the form of ``previous``.
     """
     sums: defaultdict[tuple[object, ...], _Sum] = defaultdict(_Sum)
     answers: list[Answer] = []
@@ -238,6 +244,11 @@ def _block(
     try:
         models = _models(formed, previous, screen)
     except Rejected as failure:
+        if screen is None:
+            raise SecateurError(
+                f"the reply of {formed[0].client} cannot be averaged: {failure.reason}; screen "
+                "replies, and those that do not fit are left out"
+            ) from failure
         return _Block((), {}, ()), refused | {r.client: failure.reason for r in formed}
     if screen is None:
         return _Block(answers, models, ()), refused
@@ -271,21 +282,24 @@ def _models(
     records = [cast(ArrayRecord, content[messages.ARRAYS]) for content in contents]
     arrays = {name: array for name, array in records[0].items() if isinstance(array, TensorArray)}
     if len(arrays) < len(records[0]) or any(array.row is None for array in arrays.values()):
-        model = (
-            read_model(records[0], previous)
-            if screen is not None
-            else messages.shared_parameters(records[0])
-        )
+        if screen is not None:
+            model = read_model(records[0], previous)
+        else:
+            model = messages.shared_parameters(records[0])
+            _check_forms(model, previous)
         return {name: tensor.unsqueeze(0) for name, tensor in model.items()}
     stacks = {name: cast(Tensor, array.stack) for name, array in arrays.items()}
-    if screen is not None:
-        check_names(arrays.keys(), previous)
-        for name, tensor in previous.items():
-            check_form(name, arrays[name].shape, stacks[name].dtype, tensor)
+    _check_forms({name: stack[0] for name, stack in stacks.items()}, previous)
     rows = [cast(TensorArray, next(iter(record.values()))).row for record in records]
     if rows == list(range(len(next(iter(stacks.values()))))):
         return stacks
     return {name: stack[rows] for name, stack in stacks.items()}
+
+
+def _check_forms(model: Parameters, previous: Parameters) -> None:
+    check_names(model.keys(), previous)
+    for name, tensor in previous.items():
+        check_form(name, model[name].shape, model[name].dtype, tensor)
 
 
 def _metrics(reply: Reply, screen: Screen | None) -> tuple[dict[str, int | float], int | float]:

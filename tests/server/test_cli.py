@@ -258,3 +258,23 @@ def test_an_interrupted_run_leaves_no_folder(capsys, tmp_path, monkeypatch):
     assert code == 130
     assert "interrupted" in err
     assert not (tmp_path / "new").exists()
+
+
+def test_run_trains_in_batches_in_this_process_and_the_demo_stays_on_ray(
+    tmp_path, monkeypatch, capsys
+):
+    from simulation import commands
+
+    asked = []
+    monkeypatch.setattr(commands, "execute", lambda name, **given: asked.append((name, given)))
+    for arguments in (["run", "clean"], ["run", "clean", "--no-batch"], ["demo"]):
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        assert done.value.code == 0
+    assert [(name, given["engine"], given.get("batch", True)) for name, given in asked] == [
+        ("clean", "inprocess", True), ("clean", "inprocess", False), ("demo", "ray", True),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as done:
+        main(["run", "clean", "--engine", "ray", "--no-batch"])
+    assert done.value.code == 2
+    assert "--no-batch is for --engine inprocess" in capsys.readouterr().err

@@ -142,10 +142,11 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("make", [mlp, with_dropout, with_norm, partly_frozen, Scaled])
+@pytest.mark.parametrize("make", ["mlp", "with_dropout", "with_norm", "partly_frozen", "Scaled",
+                                  "Unused", "Writing", "all_dropped"])  # fmt: skip
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_training_together_gives_what_each_alone_gives(make, settings, caplog):
-    task = Toy(make)
+    task = Toy(globals()[make])
     start = start_of(task)
     jobs = jobs_of(task, UNEQUAL, **settings)
     with caplog.at_level(logging.INFO, logger="secateur"):
@@ -156,6 +157,9 @@ def test_training_together_gives_what_each_alone_gives(make, settings, caplog):
         assert distance(outcome, expected) < 1e-5
         assert outcome.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-4)
         assert all(t.dtype == start[n].dtype for n, t in outcome.tensors.items())
+    for client, (job, size) in enumerate(zip(jobs, UNEQUAL, strict=True)):
+        for tensor, before in zip(job.examples.tensors, points(size, client).tensors, strict=True):
+            assert torch.equal(tensor, before)  # nobody writes to a client's data
 
 
 def test_clients_move_and_differ():
@@ -201,11 +205,13 @@ def test_how_many_threads_there_are_changes_nothing(monkeypatch):
     assert all(distance(a, b) == 0 for a, b in zip(one, three, strict=True))
 
 
-@pytest.mark.parametrize("make", [with_dropout, Scaled, partly_frozen])
-def test_recorded_steps_are_the_same_and_follow_the_servers_model(make, monkeypatch):
-    task = Toy(make)
+@pytest.mark.parametrize("make", ["with_dropout", "Scaled", "partly_frozen", "Numbered"])
+@pytest.mark.parametrize("settings", [{"momentum": 0.9}, {"optimizer": "adam"}, {"proximal_mu": 0.5},
+                                      {"precision": "bfloat16"}], ids=str)  # fmt: skip
+def test_recorded_steps_are_the_same_and_follow_the_servers_model(make, settings, monkeypatch):
+    task = Toy(globals()[make])
     start = start_of(task)
-    jobs = jobs_of(task, UNEQUAL, local_epochs=2)
+    jobs = jobs_of(task, UNEQUAL, local_epochs=2, **settings)
     later = {n: t * 1.5 if t.is_floating_point() else t + 1 for n, t in start.items()}
     plain = [run(jobs, model, Training(1)) for model in (start, later)]
     monkeypatch.setattr(batched, "TRACE_AFTER", 1)
@@ -314,6 +320,72 @@ class Counting(nn.Module):
         return self.layer(inputs)
 
 
+class Reassigning(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, inputs):
+        self.seen = 0.9 * self.seen + 1
+        return self.layer(inputs)
+
+
+class Transposed(nn.Module):
+    """Torch draws dropout's mask in the order of memory, which is not that of the entries here."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.drop = nn.Linear(2, 2), nn.Dropout(0.5)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, inputs):
+        hidden = self.layer(inputs.reshape(-1, 3, 2)).transpose(1, 2)
+        return self.last(self.drop(hidden).flatten(1))
+
+
+class Unused(nn.Module):
+    """Has a layer that nothing goes through: no optimizer touches it, not even to decay it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.idle = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+
+class Writing(nn.Module):
+    """Writes to its inputs, which are then no longer the client's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, inputs):
+        inputs -= 0.5
+        return self.layer(inputs)
+
+
+class Numbered(Scaled):
+    """Reads a buffer as a number, which a recorded step would not look at again."""
+
+    def forward(self, inputs):
+        return self.layer(inputs) * float(self.scale)
+
+
+def all_dropped():
+    return nn.Sequential(nn.Linear(6, 8), nn.Dropout(1.0), nn.Linear(8, 3))
+
+
+def weighted(outputs, targets):
+    return functional.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 5.0, 9.0]))
+
+
+def small(outputs, targets):
+    return 1e-3 * functional.cross_entropy(outputs, targets)
+
+
 def normalised():
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
 
@@ -331,7 +403,11 @@ def total(outputs, targets):
         (Toy(Twice), "a dropout layer is used more or less than once"),
         (Toy(Centred), "influence one another"),
         (Toy(Branching), "cannot be vectorised"),
-        (Toy(Counting), ""),
+        (Toy(Counting), "in-place"),
+        (Toy(Reassigning), "training changes its buffer"),
+        (Toy(Transposed), "not contiguous"),
+        (Toy(mlp, weighted), "no mean over examples"),
+        (Toy(Centred, small), "influence one another"),
         (Toy(mlp, total), "no mean over examples"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.make.__name__,
@@ -550,3 +626,102 @@ def test_memory_grows_with_the_chunk_and_not_with_the_clients(workers, monkeypat
     assert seen == 40
     # Of 20 chunks: what each worker makes or has made, and the one at hand.
     assert 1 <= most <= workers + 2
+
+
+# ---------------------------------------------------------------- one client's fault is its own
+def test_one_clients_odd_data_do_not_decide_for_all(caplog):
+    task = Toy(Centred)
+    start = start_of(task)
+    jobs = jobs_of(task, [9, 8, 7])
+    jobs[0].examples.tensors[0][0] = float("inf")
+    found = run(jobs, start)
+    for position in (1, 2):
+        assert distance(found[position], alone(jobs[position], start)) == 0
+    task = Toy(mlp)
+    jobs = jobs_of(task, [9, 8, 7])
+    jobs[0].examples.tensors[1][0] = 7  # no such class: the trial goes on with another client
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="secateur"):
+        found = run(jobs, start_of(task))
+    assert "not trained in batches" not in caplog.text
+    assert isinstance(found[0], IndexError)
+    assert [isinstance(outcome, Update) for outcome in found] == [False, True, True]
+
+
+def test_a_trial_with_one_example_is_repeated_when_there_are_more():
+    task = Toy(Centred)
+    start = start_of(task)
+    training = Training()
+    run(jobs_of(task, [1, 1]), start, training)
+    jobs = jobs_of(task, [9, 8, 7])
+    for job, outcome in zip(jobs, run(jobs, start, training), strict=True):
+        assert distance(outcome, alone(job, start)) == 0
+
+
+def test_a_first_client_that_fails_does_not_end_the_others_in_threads():
+    def normalised_images():
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    task = Toy(normalised_images)
+    start = start_of(task)
+    jobs = jobs_of(task, [1, 8, 8], shape=(1, 4, 4))
+    found = run(jobs, start, Training(2))
+    assert isinstance(found[0], ValueError)
+    for position in (1, 2):
+        assert distance(found[position], alone(jobs[position], start)) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_chunks_that_fail_are_mended_in_one_thread(workers, monkeypatch):
+    monkeypatch.setattr(batched, "MOST_CLIENTS", 2)
+    task = Toy(with_dropout)
+    start = start_of(task)
+    jobs = jobs_of(task, [8] * 12, local_epochs=2)
+    for bad in (1, 4, 7, 8):
+        jobs[bad].examples.tensors[1][-1] = 7
+    before = torch.random.get_rng_state()
+    found = run(jobs, start, Training(workers))
+    assert torch.equal(before, torch.random.get_rng_state())
+    for position, (job, outcome) in enumerate(zip(jobs, found, strict=True)):
+        if position in (1, 4, 7, 8):
+            assert isinstance(outcome, IndexError)
+        else:
+            assert distance(outcome, alone(job, start)) < 1e-5
+
+
+def test_a_failed_attempt_is_gone_before_the_next(monkeypatch):
+    alive = weakref.WeakSet()
+    seen = []
+    train = batched.BatchedTraining.train
+
+    class Made:
+        """Stands for what an attempt had in memory."""
+
+    def tight(self, chunk, model):
+        seen.append(len(alive))
+        made = Made()
+        alive.add(made)
+        if len(chunk) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return train(self, chunk, model)
+
+    monkeypatch.setattr(batched.BatchedTraining, "train", tight)
+    task = Toy(mlp)
+    found = run(jobs_of(task, [8] * 4), start_of(task))
+    assert seen == [0] * 7  # 4, 2, 1, 1, 2, 1, 1 clients
+    assert all(isinstance(outcome, Update) for outcome in found)
+
+
+def test_a_new_learning_rate_needs_no_new_model_and_old_ones_are_dropped():
+    task = Toy(mlp)
+    start = start_of(task)
+    training = Training()
+    for number in range(1, 7):
+        jobs = jobs_of(task, [8, 8], learning_rate=0.1 / number, round_=number)
+        for job, outcome in zip(jobs, run(jobs, start, training), strict=True):
+            assert distance(outcome, alone(job, start)) < 1e-5
+    (kept,) = training._batched.values()
+    assert len(kept._data) + len(kept._data_before) <= 2  # this round's and the last one's
+    for _ in range(6):
+        run(jobs_of(Toy(mlp), [4, 4]), start, training)
+    assert len(training._batched) <= 4

@@ -25,6 +25,7 @@ from strategies import flower, messages
 from strategies.averaging import average, needs_mean_only
 from strategies.exchange import Reply
 from strategies.screen import Screen
+from unlearning.errors import SecateurError
 from unlearning.parameters import weighted_mean
 
 PREVIOUS = {"layer.weight": torch.zeros(3, 2), "norm.count": torch.tensor(5)}
@@ -143,6 +144,21 @@ def test_a_norm_that_is_rejected_takes_those_of_its_octave_along_and_says_so():
     assert found.mean.arrays["w"].tolist() == [1.0]
 
 
+def test_a_norm_without_end_spoils_no_honest_clients_sum():
+    # 1e200 squared is beyond float64; the honest norms lie in the octave of 0.5 to 1.
+    stack = {"w": torch.tensor([[0.6], [0.7], [0.8], [0.9], [1e200]], dtype=torch.float64)}
+    part = [reply(n, stack, 10, n) for n in range(5)]
+    found = average(part, {"w": torch.zeros(1, dtype=torch.float64)}, Screen())
+    assert set(found.screened.rejected) == {name(4)}
+    assert float(found.mean.arrays["w"]) == pytest.approx(0.75)
+
+
+def test_unscreened_replies_that_do_not_fit_end_the_round_with_a_reason():
+    part = [reply(n, {"v": torch.zeros(2, 1)}, 10, n) for n in range(2)]
+    with pytest.raises(SecateurError, match="client-0000 cannot be averaged: missing tensors w"):
+        average(part, {"w": torch.zeros(1)}, None)
+
+
 def test_errors_and_silence_are_told_and_the_rest_counts():
     stack = {"w": torch.ones(3, 1)}
     asked = flower.with_id(Message(RecordDict(), 4, "train"))
@@ -240,3 +256,77 @@ def test_one_reply_with_the_mean_gives_such_a_strategy_the_same_model(make, scri
     # FedAdam and its like make float64 of float32; the mean path holds them to the schema.
     torch.testing.assert_close(mean, every.to(mean.dtype), rtol=1e-5, atol=1e-6)
     assert losses[1:] == pytest.approx(expected[1:])
+
+
+# ---------------------------------------------------------------- in the wrapper
+def one_by_one(grid):
+    send = grid.send_and_receive
+    grid.send_and_receive = lambda m, timeout=None: iter(list(send(m, timeout=timeout)))
+    return grid
+
+
+def misbehaving(partition, number, model):
+    """Client 0 sends NaN, 1 raises, 2 claims many examples; from round 3 on, 3 to 5 raise too."""
+    if partition == 1 or (number >= 3 and partition >= 3):
+        raise ValueError("oops")
+    moved = {k: v + (math.nan if partition == 0 else 0.1 * partition) for k, v in model.items()}
+    return messages.train_reply(moved, {"loss": 1.0}, 90 if partition == 2 else 10)
+
+
+@pytest.mark.parametrize("quorum", [0.1, 0.5])
+@pytest.mark.parametrize("make", [FedAvg, FedMedian])
+def test_the_wrapper_notes_and_decides_the_same_as_replies_come(make, quorum, scripted_grid):
+    from strategies.loop import run_rounds
+    from strategies.wrapper import Unlearning
+
+    def play(prepare):
+        federation = Unlearning(make(), screen=Screen(), quorum=quorum, seed=0)
+        records, models = [], []
+        run_rounds(
+            federation, prepare(scripted_grid(misbehaving, 6)), {"w": torch.ones(2)}, rounds=4,
+            on_round=lambda record, model: (records.append(record), models.append(model)),
+        )  # fmt: skip
+        return (
+            records,
+            models,
+            {c: vars(federation.roster.entry(c)) for c in federation.directory.clients()},
+        )
+
+    (records, models, roster), (expected, others, entries) = play(one_by_one), play(lambda g: g)
+    for found, other in zip(records, expected, strict=True):
+        for field in ("asked", "participants", "rejected", "capped", "note"):
+            assert getattr(found, field) == getattr(other, field), field
+    assert roster == entries
+    for one, other in zip(models, others, strict=True):
+        torch.testing.assert_close(one["w"], other["w"])
+    # Round 1 counts with four of six usable; round 3, with one of six, never does at half.
+    assert records[1].capped
+    assert len(records[1].rejected) == 2
+    assert bool(records[3].note) == (quorum == 0.5)
+
+
+def test_plans_screen_what_they_average(scripted_grid):
+    from flwr.app import ConfigRecord
+
+    from strategies.wrapper import Unlearning
+    from unlearning.plan import Ask, senders
+
+    found = []
+    for prepare in (one_by_one, lambda grid: grid):
+        federation = Unlearning(FedAvg(), screen=Screen(), seed=0)
+        grid = prepare(scripted_grid(misbehaving, 6))
+        federation.directory.refresh(grid)
+        carrier = federation.plan_rounds(grid, ConfigRecord())
+        start = {"w": torch.ones(2)}
+        ask = Ask("train", federation.directory.clients(), start, {"round": 1}, mean=True)
+        answers = carrier.ask(ask)
+        found.append((answers, carrier.aggregate(1, start, answers), dict(carrier.rejected)))
+        below = carrier.ask(Ask("train", ask.to, start, {"round": 3}, mean=True))
+        assert carrier.aggregate(3, start, below) is start  # below the quorum
+    (merged, one, rejected), (answers, other, expected) = found
+    assert len(merged) == 1
+    assert senders(merged) == senders(answers)
+    assert rejected == expected
+    assert len(rejected) == 2
+    torch.testing.assert_close(one["w"], other["w"])
+    assert torch.isfinite(one["w"]).all()
