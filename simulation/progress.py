@@ -16,6 +16,8 @@ from simulation.probes import BACKDOOR, FLIP
 from simulation.scenario import Scenario
 from strategies.records import RoundRecord
 
+MOST_TOLD = 10
+"""Rejected clients that are told of by name in a round; the report holds all."""
 STAGES = {
     "federation": "federation",
     "natural": "for comparison: attackers gone, nothing pruned",
@@ -117,10 +119,12 @@ def state(record: RoundRecord) -> str:
 
 def events(record: RoundRecord) -> list[str]:
     """Return a line for everything out of the ordinary; texts from clients are escaped."""
+    rejected = list(record.rejected.items())
     lines = [
-        f"[yellow]{client} rejected: {escape(reason)}[/]"
-        for client, reason in record.rejected.items()
+        f"[yellow]{client} rejected: {escape(reason)}[/]" for client, reason in rejected[:MOST_TOLD]
     ]
+    if len(rejected) > MOST_TOLD:
+        lines.append(f"[yellow]and {len(rejected) - MOST_TOLD} more rejected[/]")
     lines += [
         f"[red]{client} quarantined: {escape(reason)}[/]"
         for client, reason in record.quarantined.items()

@@ -260,7 +260,8 @@ def _block(
         rows = [row for row in range(len(answers)) if row not in spoilt]
         answers = [answers[row] for row in rows]
         models = {name: tensor[rows] for name, tensor in models.items()}
-    return _Block(answers, models, _distances(models, previous)), refused
+    norms = _distances(models, previous) if answers else []
+    return _Block(answers, models, norms), refused
 
 
 def _stack_of(reply: Reply) -> int:
@@ -316,7 +317,7 @@ def _not_finite(models: Parameters) -> dict[int, str]:
     found: dict[int, str] = {}
     for name, stack in models.items():
         if stack.is_floating_point() and not bool((good := torch.isfinite(stack)).all()):
-            rows = torch.nonzero(~good.flatten(1).all(dim=1)).reshape(-1).tolist()
+            rows = torch.nonzero(~good.reshape(len(good), -1).all(dim=1)).reshape(-1).tolist()
             found = dict.fromkeys(rows, name) | found
     return found
 
@@ -324,7 +325,11 @@ def _not_finite(models: Parameters) -> dict[int, str]:
 def _distances(models: Parameters, previous: Parameters) -> list[float]:
     """Return each model's distance from ``previous``, as ``norm(difference(...))`` has it."""
     squares = [
-        (stack - previous[name].to(stack.device)).double().square().flatten(1).sum(dim=1)
+        (stack - previous[name].to(stack.device))
+        .double()
+        .square()
+        .reshape(len(stack), -1)
+        .sum(dim=1)
         for name, stack in models.items()
         if stack.is_floating_point()
     ]

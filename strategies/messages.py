@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from strategies.arrays import TensorArray, tensor_of
 from strategies.flower import filled
@@ -46,7 +46,7 @@ class LocalTraining(BaseModel):
     """Fresh in every round."""
     learning_rate: float = Field(0.05, gt=0)
     """Step size."""
-    learning_rate_milestones: str = Field("", pattern=r"^(\d+(,\d+)*)?$")
+    learning_rate_milestones: str = ""
     """Rounds, such as ``100,150``, after each of which the step size shrinks; empty for none."""
     learning_rate_factor: float = Field(0.1, gt=0)
     """What the step size is multiplied by at each milestone."""
@@ -58,6 +58,15 @@ class LocalTraining(BaseModel):
     """``bfloat16`` computes losses in mixed precision; weights stay float32."""
     proximal_mu: float = Field(0.0, ge=0)
     """FedProx's pull towards the global model; that strategy itself sends it."""
+
+    @field_validator("learning_rate_milestones", mode="before")
+    @classmethod
+    def _check_milestones(cls, value: object) -> str:
+        text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else "?"
+        rounds = text.replace(" ", "").split(",") if text else []
+        if not all(number.isascii() and number.isdecimal() for number in rounds):
+            raise ValueError(f"{value!r} names no rounds; give numbers, such as 100,150")
+        return ",".join(rounds)
 
     def to_record(self) -> ConfigRecord:
         """Return these settings as a record, without what the strategy itself sends."""

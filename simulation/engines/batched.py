@@ -176,12 +176,15 @@ class BatchedTraining:
             self._traced.pop(next(shape for shape in self._traced if shape not in shapes))
         return all(shape in self._traced for shape in shapes)
 
+    @torch.no_grad()  # as in training
     def _record(self, shape: tuple[int, int]) -> None:
         if shape in self._traced or self._unrecordable:
             return
         try:
-            recorded = make_fx(self._gradient)(*self._example(*shape))
+            example = self._example(*shape)
+            recorded = make_fx(self._gradient)(*example)
             _without_idle_steps(recorded)
+            recorded.forward(*example)  # not everything that can be recorded can be replayed
             self._traced[shape] = recorded.forward  # calling a module looks for hooks first
         except Exception as error:  # noqa: BLE001  a user's model may do anything
             self._unrecordable = True
@@ -298,7 +301,8 @@ class BatchedTraining:
             weights[client, :size], weights[client, size:] = 1 / size, 0
         twice = [torch.stack([tensor, tensor]) for tensor in (inputs, targets)]
         before = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        gradients, losses = self._gradient(stack, masks, *twice, weights)
+        with torch.no_grad():  # as in training
+            gradients, losses = self._gradient(stack, masks, *twice, weights)
         for name, buffer in self._model.named_buffers():
             if not torch.equal(buffer, before[name]):
                 raise NotBatchableError(f"training changes its buffer {name}")
@@ -455,7 +459,7 @@ def _model(job: Job) -> nn.Module:
         if isinstance(module, _BatchNorm):
             raise NotBatchableError(f"{type(module).__name__} {name} couples a batch's examples")
         if isinstance(module, _ConvNd) and job.device.type == "cpu":
-            raise NotBatchableError("on a CPU convolutions are faster one client at a time")
+            raise NotBatchableError("on a CPU convolutions are slower stacked")
     if len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters())):
         raise NotBatchableError("some of its parameters are shared between layers")
     return model

@@ -2,6 +2,7 @@
 
 import collections
 import logging
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from client.scratch import scratch_for
-from client.task.protocol import size_of
+from client.task.protocol import Examples, size_of
 from client.train import Job, do
 from simulation.engines.batched import (
     MOST_CLIENTS,
@@ -80,6 +81,7 @@ class Training:
         self._batched: collections.OrderedDict[object, BatchedTraining] = collections.OrderedDict()
         self._reasons: dict[object, str] = {}
         self._tasks: list[object] = []  # kept, so that no other object gets their ids
+        self._odd: dict[int, Examples] = {}
         self._limit = MOST_CLIENTS
         self._in_threads: dict[object, bool] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -91,7 +93,7 @@ class Training:
         """
         groups = collections.defaultdict(list)
         for position, job in enumerate(jobs):
-            if not size_of(job.examples):
+            if id(job.examples) in self._odd or not size_of(job.examples):
                 yield [(position, alone(job, start))]
                 continue
             try:
@@ -190,11 +192,16 @@ class Training:
         """Yield a chunk's outcomes; where its training failed, in this thread, some other way."""
         if isinstance(found, Trained):
             updates = _updates(found, [jobs[position] for position in chunk], start)
-            yield list(zip(chunk, updates, strict=True))
+            pairs = list(zip(chunk, updates, strict=True))
+            yield [(p, update) for p, update in pairs if math.isfinite(update.metrics["loss"])]
+            # Alone, a loss may be finite that is none as a mean of its examples' own.
+            for position, update in pairs:
+                if not math.isfinite(update.metrics["loss"]):
+                    yield [(position, self._apart(jobs[position], start))]
         elif isinstance(found, str):
             log.warning("%d clients are trained one by one: %s", len(chunk), found)
             for position in chunk:
-                yield [(position, alone(jobs[position], start))]
+                yield [(position, self._apart(jobs[position], start))]
         elif len(chunk) == 1:
             yield [(chunk[0], torch.OutOfMemoryError("this client's training does not fit"))]
         else:
@@ -204,6 +211,13 @@ class Training:
             torch.cuda.empty_cache()
             for part in (chunk[:half], chunk[half:]):
                 yield from self._finished(part, attempt(part), attempt, jobs, start)
+
+    def _apart(self, job: Job, start: Parameters) -> Update | Exception:
+        """Train a client alone; one that fails, or differs from others, from now on always."""
+        outcome = alone(job, start)
+        if isinstance(outcome, Exception) or not math.isfinite(outcome.metrics.get("loss", 0.0)):
+            self._odd[id(job.examples)] = job.examples
+        return outcome
 
     # ------------------------------------------------------------ side by side
     def _threads_help(self, job: Job, start: Parameters) -> bool:

@@ -49,3 +49,14 @@ def test_what_clients_are_told_leaves_out_what_the_strategy_sends():
     record = read_settings({"proximal-mu": 0.1}).to_record()
     assert "proximal-mu" not in record
     assert {"seed", "local-epochs", "batch-size", "optimizer", "learning-rate"} <= set(record)
+
+
+@pytest.mark.parametrize(("given", "kept"), [("", ""), (5, "5"), ("5", "5"), ("20, 30", "20,30")])
+def test_milestones_are_rounds(given, kept):
+    assert read_settings({"learning-rate-milestones": given}).learning_rate_milestones == kept
+
+
+@pytest.mark.parametrize("given", [-3, "abc", "5,,6", "1.5", True, 2.5])
+def test_milestones_that_are_no_rounds_are_refused_in_words(given):
+    with pytest.raises(SettingsError, match="names no rounds; give numbers, such as 100,150"):
+        read_settings({"learning-rate-milestones": given})

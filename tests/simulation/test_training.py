@@ -143,7 +143,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("make", ["mlp", "with_dropout", "with_norm", "partly_frozen", "Scaled",
-                                  "Unused", "Writing", "all_dropped"])  # fmt: skip
+                                  "Unused", "Writing", "all_dropped", "Tempered"])  # fmt: skip
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_training_together_gives_what_each_alone_gives(make, settings, caplog):
     task = Toy(globals()[make])
@@ -320,6 +320,15 @@ class Counting(nn.Module):
         return self.layer(inputs)
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.last = nn.LSTM(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.last(self.cell(inputs.reshape(-1, 3, 2))[0][:, -1])
+
+
 class Reassigning(nn.Module):
     def __init__(self):
         super().__init__()
@@ -342,6 +351,18 @@ class Transposed(nn.Module):
     def forward(self, inputs):
         hidden = self.layer(inputs.reshape(-1, 3, 2)).transpose(1, 2)
         return self.last(self.drop(hidden).flatten(1))
+
+
+class Tempered(nn.Module):
+    """Has a parameter and a buffer without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.heat = nn.Linear(6, 3), nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("base", torch.tensor(0.5))
+
+    def forward(self, inputs):
+        return self.layer(inputs) * self.heat + self.base
 
 
 class Unused(nn.Module):
@@ -545,6 +566,45 @@ def test_data_of_another_shape_are_a_batch_of_their_own():
     for job, outcome in zip([*jobs, *other], found, strict=False):
         assert distance(outcome, alone(job, start)) < 1e-5
     assert isinstance(found[-1], RuntimeError)
+
+
+def test_whoever_breaks_the_step_is_kept_apart_from_then_on(caplog):
+    task = Toy(mlp)
+    start = start_of(task)
+    jobs = jobs_of(task, [8, 8, 8])
+    jobs[2].examples.tensors[1][-1] = 7
+    training = Training()
+    run(jobs, start, training)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="secateur"):
+        again = run(jobs, start, training)
+    assert not caplog.records
+    assert isinstance(again[2], IndexError)
+    assert distance(again[0], alone(jobs[0], start)) < 1e-5
+
+
+def test_a_loss_that_is_finite_for_a_batch_alone_counts():
+    # An example that is to be ignored has no mean loss of its own: 0 / 0.
+    task = Toy(mlp)
+    start = start_of(task)
+    jobs = jobs_of(task, [9, 8, 8])
+    jobs[1].examples.tensors[1][::2] = -100
+    found = run(jobs, start)
+    assert distance(found[1], alone(jobs[1], start)) == 0
+    assert torch.isfinite(found[1].tensors["0.weight"]).all()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_recurrent_layers_are_recorded_as_they_are_trained(monkeypatch, caplog):
+    monkeypatch.setattr(batched, "TRACE_AFTER", 1)
+    task = Toy(Recurrent)
+    start = start_of(task)
+    jobs = jobs_of(task, UNEQUAL)
+    with caplog.at_level(logging.INFO, logger="secateur"):
+        found = run(jobs, start)
+    assert not caplog.records
+    for job, outcome in zip(jobs, found, strict=True):
+        assert distance(outcome, alone(job, start)) < 1e-5
 
 
 def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch, caplog):

@@ -153,6 +153,14 @@ def test_a_norm_without_end_spoils_no_honest_clients_sum():
     assert float(found.mean.arrays["w"]) == pytest.approx(0.75)
 
 
+def test_tensors_without_dimensions_are_averaged_too():
+    stack = {"heat": torch.tensor([1.0, 3.0, math.nan]), "w": torch.zeros(3, 2)}
+    schema = {"heat": torch.tensor(0.0), "w": torch.zeros(2)}
+    found = average([reply(n, stack, 10, n) for n in range(3)], schema, Screen())
+    assert found.screened.rejected == {name(2): "tensor heat holds NaN or Inf"}
+    assert float(found.mean.arrays["heat"]) == 2.0
+
+
 def test_unscreened_replies_that_do_not_fit_end_the_round_with_a_reason():
     part = [reply(n, {"v": torch.zeros(2, 1)}, 10, n) for n in range(2)]
     with pytest.raises(SecateurError, match="client-0000 cannot be averaged: missing tensors w"):
