@@ -12,10 +12,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import (
     FedAdagrad,
     FedAdam,
@@ -41,8 +41,8 @@ from strategies.screen import (
     read_form,
     read_model,
 )
-from unlearning.errors import SecateurError
-from unlearning.parameters import Parameters
+from unlearning.errors import ParametersError, SecateurError
+from unlearning.parameters import Parameters, weighted_mean
 from unlearning.plan import Answer
 
 MEANS = (FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi)
@@ -133,6 +133,43 @@ def average(replies: Iterable[Reply], previous: Parameters, screen: Screen | Non
     told = dict(sorted((rejected | failed).items()))
     screened = Screened(tuple(answers), told, frozenset(faults), capped)
     return Averaged(screened, _mean(answers, sums.values(), previous))
+
+
+def plain_mean(
+    strategy: Strategy, replies: Sequence[Message]
+) -> tuple[dict[str, Tensor], MetricRecord] | None:
+    """Return what FedAvg makes of replies, bit for bit, in a fraction of its time.
+
+    ``None`` where that is not certain: for another strategy, for replies that are not all of the
+    same form, and for integer tensors, whose means FedAvg leaves as float64.
+    """
+    if not (type(strategy) in PLAIN_MEANS and needs_mean_only(strategy) and replies):
+        return None
+    contents = [reply.content for reply in replies]
+    try:
+        forms = [read_form(content, with_model=True) for content in contents]
+    except Rejected:
+        return None
+    models = [
+        messages.shared_parameters(cast(ArrayRecord, content[messages.ARRAYS]))
+        for content in contents
+    ]
+    weights = [weight for _, weight in forms]
+    names = forms[0][0].keys()
+    if any(metrics.keys() != names for metrics, _ in forms) or not all(
+        tensor.is_floating_point() for tensor in models[0].values()
+    ):
+        return None
+    try:
+        mean = weighted_mean(models, weights)
+    except ParametersError:
+        return None
+    shares = [weight / sum(weights) for weight in weights]
+    told = {
+        name: sum((m[name] * share for (m, _), share in zip(forms, shares, strict=True)), 0.0)
+        for name in names
+    }
+    return mean, MetricRecord(cast(Any, told))
 
 
 # ---------------------------------------------------------------- sums

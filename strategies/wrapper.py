@@ -362,6 +362,9 @@ class Unlearning(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         usable = [r for r in replies if r.message is not None and not r.message.has_error()]
         self.record.participants = tuple(reply.client for reply in usable)
+        found = averaging.plain_mean(self.strategy, _messages(usable))
+        if found is not None:
+            return messages.record_from(found[0]), found[1]
         return self.strategy.aggregate_train(number, _messages(replies))
 
     def _needs_every_update(self) -> str | None:

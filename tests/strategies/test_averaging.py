@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies import flower, messages
-from strategies.averaging import average, needs_mean_only
+from strategies.averaging import average, needs_mean_only, plain_mean
 from strategies.exchange import Reply
 from strategies.screen import Screen
 from unlearning.errors import SecateurError
@@ -338,3 +338,43 @@ def test_plans_screen_what_they_average(scripted_grid):
     assert len(rejected) == 2
     torch.testing.assert_close(one["w"], other["w"])
     assert torch.isfinite(one["w"]).all()
+
+
+@pytest.mark.parametrize("make", [FedAvg, lambda: FedProx(proximal_mu=0.1)])
+@given(seed=st.integers(0, 999), weights=st.lists(st.integers(1, 999), min_size=1, max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_a_plain_mean_is_fedavgs_bit_for_bit(make, seed, weights):
+    stack = {
+        "w": models(len(weights), seed)["layer.weight"],
+        "heat": models(len(weights), seed)["layer.weight"][:, 0, 0],
+    }
+    replies = [
+        Message(
+            messages.train_reply(row(stack, n), {"loss": 0.1 + n / 3, "hits": n}, w), n, "train"
+        )
+        for n, w in enumerate(weights)
+    ]
+    strategy = make()
+    arrays, metrics = strategy.aggregate_train(1, list(replies))
+    mean, told = plain_mean(strategy, replies)
+    expected = messages.parameters_from(arrays)
+    assert mean.keys() == expected.keys()
+    assert all(torch.equal(mean[key], expected[key]) for key in mean)
+    assert dict(told) == dict(metrics)
+
+
+def test_what_is_no_plain_mean_is_left_to_the_strategy():
+    def sent(model, **more):
+        return Message(messages.train_reply(model, {"loss": 1.0, **more}, 10), 1, "train")
+
+    one = sent({"w": torch.ones(2)})
+    assert plain_mean(FedAvg(), [one]) is not None
+    for strategy in (FedMedian(), FedAdam(), Mine(), FedAvg(weighted_by_key="mine")):
+        assert plain_mean(strategy, [one]) is None
+    for other in (
+        sent({"w": torch.ones(3)}), sent({"v": torch.ones(2)}), sent({"w": torch.ones(2)}, more=1.0),
+        sent({"w": torch.ones(2)}, more=[1.0]), Message(RecordDict(), 1, "train"),
+    ):  # fmt: skip
+        assert plain_mean(FedAvg(), [one, other]) is None
+    assert plain_mean(FedAvg(), [sent({"n": torch.tensor(1)})]) is None
+    assert plain_mean(FedAvg(), []) is None
