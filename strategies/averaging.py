@@ -47,8 +47,6 @@ from unlearning.plan import Answer
 
 MEANS = (FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi)
 """Strategies whose model depends on the replies through their weighted mean alone."""
-
-
 PLAIN_MEANS = (FedAvg, FedProx)
 """Of these, those whose model is the mean itself."""
 
@@ -164,7 +162,8 @@ def plain_mean(
         mean = weighted_mean(models, weights)
     except ParametersError:
         return None
-    shares = [weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    shares = [weight / total for weight in weights]
     told = {
         name: sum((m[name] * share for (m, _), share in zip(forms, shares, strict=True)), 0.0)
         for name in names

@@ -34,17 +34,22 @@ class PoisonedData:
     attack: Attack
     attackers: tuple[int, ...]
     """Partitions of the malicious clients."""
-    _made: dict[tuple[int, int], Poisoned] = field(default_factory=dict, init=False, compare=False)
+    _made: dict[tuple[int, int], tuple[Poisoned, TensorDataset]] = field(
+        default_factory=dict, init=False, compare=False
+    )
 
     def examples(self, partition: int, partitions: int) -> TensorDataset:
-        """Return one attacker's training data."""
-        poisoned = self.poisoned(partition, partitions)
-        return TensorDataset(poisoned.inputs, poisoned.targets)
+        """Return one attacker's training data, the same object every time."""
+        return self._both(partition, partitions)[1]
 
     def poisoned(self, partition: int, partitions: int) -> Poisoned:
         """Return one attacker's training data, and which of them are poisoned."""
+        return self._both(partition, partitions)[0]
+
+    def _both(self, partition: int, partitions: int) -> tuple[Poisoned, TensorDataset]:
         if (partition, partitions) not in self._made:
-            self._made[partition, partitions] = self._poison(partition, partitions)
+            made = self._poison(partition, partitions)
+            self._made[partition, partitions] = made, TensorDataset(made.inputs, made.targets)
         return self._made[partition, partitions]
 
     def _poison(self, partition: int, partitions: int) -> Poisoned:
