@@ -49,6 +49,9 @@ MEANS = (FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi)
 """Strategies whose model depends on the replies through their weighted mean alone."""
 PLAIN_MEANS = (FedAvg, FedProx)
 """Of these, those whose model is the mean itself."""
+LONG_ROW = 2**13
+"""Entries of a tensor from which a stack of them is added up row by row: a sum over the stack in
+another type than its own goes through memory several times."""
 
 
 def needs_mean_only(strategy: Strategy) -> bool:
@@ -183,9 +186,15 @@ class _Sum:
         """Add the ``rows`` of models with shape (models, ...)."""
         self.clients += clients
         for name, stack in models.items():
-            chosen = stack if len(rows) == len(stack) else stack[list(rows)]
-            total = torch.sum(chosen, 0, dtype=torch.float64).cpu()
-            self.tensors[name] = self.tensors[name] + total if name in self.tensors else total
+            if name not in self.tensors:
+                self.tensors[name] = torch.zeros(stack.shape[1:], dtype=torch.float64)
+            total = self.tensors[name]
+            if stack.device.type == "cpu" and total.numel() >= LONG_ROW:
+                for row in rows:
+                    total.add_(stack[row])
+            else:
+                chosen = stack if len(rows) == len(stack) else stack[list(rows)]
+                total.add_(torch.sum(chosen, 0, dtype=torch.float64).cpu())
 
 
 def _mean(answers: Sequence[Answer], sums: Iterable[_Sum], like: Parameters) -> Answer | None:

@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies import flower, messages
+from strategies import averaging, flower, messages
 from strategies.averaging import average, needs_mean_only, plain_mean
 from strategies.exchange import Reply
 from strategies.screen import Screen
@@ -68,9 +68,11 @@ def row(stack, number):
     return {key: tensor[number] for key, tensor in stack.items()}
 
 
+@pytest.mark.parametrize("long_row", [1, averaging.LONG_ROW])
 @pytest.mark.parametrize("chunk", [0, 1, 3, 7])
 @pytest.mark.parametrize("screen", [None, Screen()])
-def test_the_mean_is_fedavgs_up_to_rounding(chunk, screen):
+def test_the_mean_is_fedavgs_up_to_rounding(chunk, screen, long_row, monkeypatch):
+    monkeypatch.setattr(averaging, "LONG_ROW", long_row)
     stack, weights = models(7), [10, 12, 10, 11, 10, 12, 10]
     found = average(replies_of(stack, weights, chunk), PREVIOUS, screen)
     parts = [Message(messages.train_reply(row(stack, n), {"loss": 1.0 + n}, w), n, "train")
