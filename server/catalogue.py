@@ -34,8 +34,21 @@ def methods(as_json: Json = False) -> None:
         }
         for name, entry in METHODS.items()
     ]
-    shown = ("name", "summary", "needs", "guarantee", "safe_when_target_lies", "rounds")
-    show(rows, as_json, title="Methods", columns=shown)
+    if as_json:
+        show(rows, as_json, title="Methods")
+        return
+    console = Console()
+    for name, entry in METHODS.items():
+        console.print(f"[bold]{name}[/bold]: {entry.summary}", highlight=False)
+        facts = Table.grid(padding=(0, 2, 0, 0))
+        facts.add_row("  needs", ", ".join(sorted(entry.needs)))
+        facts.add_row("  targets", ", ".join(sorted(entry.targets)))
+        facts.add_row("  guarantee", entry.guarantee)
+        facts.add_row("  safe if the target lies", "yes" if entry.safe else "no")
+        facts.add_row("  cost", f"rounds: {entry.rounds}; models stored: {entry.stored}")
+        facts.add_row("  source", entry.source)
+        console.print(facts, "")
+    console.print("K clients, R rounds. Guarantees are explained in docs/forgetting.md.")
 
 
 @commands.command()
@@ -61,15 +74,14 @@ def show(
     as_json: bool,
     *,
     title: str,
-    columns: Sequence[str] | None = None,
 ) -> None:
-    """Print rows as a table of some columns, all by default, or as one JSON document."""
+    """Print rows as a table or as one JSON document."""
     if as_json:
         typer.echo(json.dumps(list(rows), indent=2))
         return
     table = Table(title=title, title_justify="left", show_lines=True)
-    for key in columns or rows[0]:
-        table.add_column(key.replace("_", " "), overflow="fold", no_wrap=key == "name")
+    for key in rows[0]:
+        table.add_column(key, overflow="fold", no_wrap=key == "name")
     for row in rows:
-        table.add_row(*(str(row[key]) for key in columns or row))
+        table.add_row(*map(str, row.values()))
     Console().print(table)

@@ -63,6 +63,7 @@ def build_federation(
             folder=Path(settings.memory_dir) if settings.memory_dir else None,
             limit=settings.memory_limit * 10**6 or None,
             interval=settings.history_interval,
+            forgetting=settings.ledger_memory,
         ),
         lab=lab,
         rate_limit=RateLimit(rounds=settings.rate_limit),
@@ -109,7 +110,7 @@ def build_methods(settings: Settings, model: nn.Module) -> dict[str, Method]:
     prunable = prunable_layers(model)
     rate = settings.pruning_rate
     own: dict[str, Method] = {
-        "fedup": FedUP(rate=rate, prunable=prunable),
+        "fedup": FedUP(rate=rate, prunable=prunable, score=settings.pruning_score),
         "random": FedUP(rate=rate, prunable=prunable, score="random", name="random"),
         "drift": Drift(strength=settings.drift_strength),
         "not": Negation(prunable=prunable),

@@ -71,8 +71,12 @@ class Settings(TaskOptions, LocalTraining):
     """Other methods that requests may need, with commas; what they need is recorded too."""
     pruning_rate: float | Literal["adaptive"] = "adaptive"
     """Share of each prunable tensor that FedUP zeroes, in [0, 1]."""
+    pruning_score: Literal["abs", "signed", "diff", "malmag"] = "abs"
+    """What FedUP ranks weights by."""
     drift_strength: float = Field(0.4, ge=0)
     """Share of their pull that drift subtraction takes back; 0.3 where clients differ much."""
+    ledger_memory: float = Field(1.0, gt=0, le=1)
+    """What is left of a pull after a round, for drift subtraction; 0.9 remembers about ten."""
     history_interval: int = Field(2, ge=1)
     """Rounds from one recorded round to the next where some are enough."""
     memory_dir: str = ""

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unlearning.errors import ParametersError
-from unlearning.parameters import Parameters
+from unlearning.parameters import Parameters, byte_size
 
 SUFFIX = ".safetensors"
 GLOBAL = "global"
@@ -69,6 +69,11 @@ class SavedModel(Mapping[str, Tensor]):
                 f"{self.path}: {WEIGHT} is {text!r}; it must be a number above 0, or be left out"
             )
         return weight
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of its tensors; reads nothing."""
+        return sum(place.size for place in self._places.values())
 
     @property
     def schema(self) -> Parameters:
@@ -301,10 +306,11 @@ class Archive:
         return self.folder / f"round-{number:04d}"
 
 
+def size_of(model: Parameters) -> int:
+    """Return the bytes of a model's tensors; reads none."""
+    return model.nbytes if isinstance(model, SavedModel) else byte_size([model])
+
+
 def file_bytes(model: Parameters) -> int:
     """Return about how large a model's file will be."""
-    return 1024 + sum(_bytes(tensor) for tensor in model.values())
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.element_size() * tensor.nelement()
+    return 1024 + size_of(model)

@@ -72,8 +72,19 @@ SCOPE = (
     Place(
         "history",
         "purged",
-        "The client's models are deleted; after exact forgetting, all rounds.",
+        "The client's models are deleted; rounds that were played again take their rounds' places.",
         lambda federation, client: client in federation.memory.recorded_clients(),
+    ),
+    Place(
+        "models that recorded rounds started from, and the others' rows",
+        "kept",
+        "Aggregates that the client had a part in, needed to tell the others' updates; until the "
+        "rounds are played again, or the federation ends.",
+    ),
+    Place(
+        "model that the round started from",
+        "changed",
+        "Replaced when the next round begins.",
     ),
     Place(
         "checkpoints",

@@ -54,7 +54,9 @@ class Forgetting:
         self.refused: tuple[Pending, ...] = ()
         """Those who waited when unlearning was last refused."""
 
-    def route(self, request: Request, *, number: int, participants: int, remembers: bool) -> Route:
+    def route(
+        self, request: Request, *, number: int, participants: int, fewest: int, remembers: bool
+    ) -> Route:
         """Return how a request is served; see ``unlearning.routing.route``.
 
         Parameters
@@ -63,10 +65,13 @@ class Forgetting:
             The last round.
         participants
             Clients that may take part.
+        fewest
+            Clients that a round of the wrapped strategy waits for.
         remembers
             Whether the wrapped strategy remembers past rounds.
         """
         default = self.method.name if self.method is not None else "fedup"
+        last = self.memory.last
         available = Available(
             needs=self.available(),
             participants=participants,
@@ -74,6 +79,8 @@ class Forgetting:
             default="drift" if default == "drift" else "fedup",
             waiting=sum(len(entry.clients) for entry in self.pending),
             methods=frozenset(self.methods),
+            fewest=fewest,
+            present=frozenset(last.locals_) if last is not None else frozenset(),
         )
         return route(request, available)
 
@@ -100,14 +107,16 @@ class Forgetting:
         """Return who may be forgotten now: groups that wait for one method, the oldest first.
 
         One of them is to be served. Exact forgetting serves all who wait, whatever they asked for:
-        nobody of them takes part in it.
+        nobody of them takes part in it. Of a method that forgets one event at a time, every event
+        is a group.
         """
         if not self.rate_limit.allows(number, self.last):
             return []
-        groups = []
+        groups: list[tuple[Pending, ...]] = []
         for name in dict.fromkeys(entry.method for entry in self.pending):
             exact = METHODS[name].guarantee == "exact"
-            groups.append(tuple(e for e in self.pending if exact or e.method == name))
+            group = tuple(e for e in self.pending if exact or e.method == name)
+            groups += [group] if METHODS[name].events else [(entry,) for entry in group]
         return groups
 
     def done(self, served: Sequence[Pending], number: int) -> None:

@@ -5,23 +5,36 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from strategies.archive import Archive, SavedModel, file_bytes, file_name, save_model, saved_clients
+from strategies.archive import (
+    SUFFIX,
+    Archive,
+    SavedModel,
+    file_bytes,
+    file_name,
+    save_model,
+    saved_clients,
+    size_of,
+)
 from unlearning import drift, history
 from unlearning.catalogue import Need, with_implied
 from unlearning.errors import SecateurError
 from unlearning.history import History
-from unlearning.parameters import Parameters, byte_size, copied
+from unlearning.parameters import Parameters, copied
 
 log = logging.getLogger("secateur")
 
 INTERVAL = 2
 """Rounds from one recorded round to the next where some are enough (FedEraser's default)."""
 HISTORIES = frozenset({Need.HISTORY, Need.SAMPLED_HISTORY})
+EVERY_UPDATE = HISTORIES | {Need.LAST, Need.LEDGER}
+"""Needs for which every client's own update is looked at."""
+IN_MEMORY = 2**28
+"""Bytes of the last round, and of the ledger, beyond which they are kept on disk."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,8 @@ class LastRound:
 class Memory:
     """Remembers what ``needs`` asks for, and nothing else.
 
-    Histories are always on disk. The rest, a few models, is in memory unless ``folder`` is given.
+    Histories are always on disk; the last round and the ledger where they are large; and everything
+    where ``folder`` is given.
 
     Attributes
     ----------
@@ -84,7 +98,7 @@ class Memory:
     shares: Mapping[str, float] = field(default_factory=dict, init=False)
     """Client -> its share of the last average that it entered."""
     restarted: bool = field(default=False, init=False)
-    """Whether the model was trained again: rounds before that are in no ledger."""
+    """Whether rounds were undone that the ledger cannot tell from those before them."""
     given_up: str = field(default="", init=False)
     """Why there is no history any more, if so."""
     _archive: Archive | None = field(default=None, init=False)
@@ -104,7 +118,7 @@ class Memory:
                 "choose an empty folder"
             )
         if self.needs and ({Need.INITIAL, Need.CHECKPOINTS} & set(self.needs)):
-            self.initial = self._kept("initial", model)
+            self.initial = self._kept("initial", "initial", model)
 
     def remember(self, last: LastRound, aggregated: Collection[str]) -> None:
         """Take note of a round.
@@ -121,8 +135,7 @@ class Memory:
         if used.locals_:
             self.shares = {**self.shares, **history.shares(used.weights)}
         if Need.LEDGER in self.needs and used.locals_:
-            ledger = drift.updated(self.ledger, used.locals_, used.weights, self.forgetting)
-            self.ledger = self._kept_clients("ledger", ledger)
+            self._add_to_ledger(used)
         self._record(used)
         if Need.LAST in self.needs:
             self.last = self._kept_round(last)
@@ -133,8 +146,7 @@ class Memory:
         self.first_rounds |= dict.fromkeys(new, number)
         self.last_rounds |= dict.fromkeys(clients, number)
         if new and Need.CHECKPOINTS in self.needs and number > 1:
-            played = number - 1
-            self.checkpoints[played] = self._kept(f"checkpoints/round-{played:04d}", previous)
+            self._keep_checkpoint(number - 1, previous)
 
     def available(self) -> frozenset[Need]:
         """Return what is there now."""
@@ -179,17 +191,30 @@ class Memory:
         self.ledger = self._kept_clients("ledger", kept)
         if self._archive is not None:
             self._archive.forget(sorted(clients))
-        joined = min((self.first_rounds.get(client, 0) for client in clients), default=0)
-        for number in [n for n in self.checkpoints if n >= joined]:
-            del self.checkpoints[number]
-            self._path("checkpoints", f"round-{number:04d}.safetensors", remove=True)
+        joined = [self.first_rounds[c] for c in clients if c in self.first_rounds]
+        for number in [n for n in self.checkpoints if joined and n >= min(joined)]:
+            self._drop_checkpoint(number)
 
-    def restart(self) -> None:
-        """Drop what describes rounds that were undone: the model goes on from another one."""
-        if self._archive is not None and self._archive.rounds:
-            self._give_up("the model was trained again, and the recorded rounds are not its own")
+    def rewind(self, number: int) -> None:
+        """Drop what describes the rounds after ``number``: they were undone."""
+        if self._archive is not None:
+            for recorded in self._archive.rounds:
+                if recorded > number:
+                    self._archive.drop(recorded)
+        for later in [played for played in self.checkpoints if played > number]:
+            self._drop_checkpoint(later)
+        self.first_rounds = {c: first for c, first in self.first_rounds.items() if first <= number}
+        self.last_rounds = {c: last for c, last in self.last_rounds.items() if last <= number}
+        self.shares = {c: s for c, s in self.shares.items() if c in self.last_rounds}
+        self.last = None
+        if number and self.ledger:
+            log.warning(
+                "the ledger is given up: rounds after %d were undone, and it tells nothing of the "
+                "others alone",
+                number,
+            )
+        self.restarted = number > 0  # from round 0 on, it is written anew
         self.ledger = self._kept_clients("ledger", {})
-        self.last, self.restarted = None, True
 
     def bytes_held(self, needs: Collection[Need] | None = None) -> int:
         """Return the size of everything remembered, or of what is remembered for some needs."""
@@ -203,7 +228,7 @@ class Memory:
             held += self.ledger.values()
         if Need.LAST in wanted and self.last is not None:
             held += [self.last.previous, *self.last.locals_.values()]
-        size = byte_size(held)
+        size = sum(map(size_of, held))
         if self._archive is not None and HISTORIES & wanted:
             recorded = self._archive.rounds
             every = 1 if Need.HISTORY in wanted else self.interval
@@ -218,74 +243,131 @@ class Memory:
                 "leave memory-dir out"
             )
         twin = copy.copy(self)
-        twin.checkpoints = dict(self.checkpoints)
         twin.first_rounds, twin.last_rounds = dict(self.first_rounds), dict(self.last_rounds)
-        twin._temporary = twin._archive = None
-        if self._archive is not None:
-            twin._archive = twin._new_archive()
-            if self._archive.folder.exists():  # it does not before the first round is recorded
-                shutil.copytree(
-                    self._archive.folder,
-                    twin._archive.folder,
-                    copy_function=_link,
-                    dirs_exist_ok=True,
-                )
+        twin.checkpoints = dict(self.checkpoints)
+        twin._temporary = None
+        if self._temporary is not None:
+            old, new = self._root(), twin._root()
+            shutil.copytree(old, new, copy_function=_link, dirs_exist_ok=True)
+
+            def moved(model: Parameters) -> Parameters:
+                if not isinstance(model, SavedModel):
+                    return model
+                return SavedModel(new / model.path.relative_to(old))
+
+            twin.checkpoints = {number: moved(m) for number, m in self.checkpoints.items()}
+            twin.ledger = {client: moved(row) for client, row in self.ledger.items()}
+            if self.last is not None:
+                sent = {client: moved(m) for client, m in self.last.locals_.items()}
+                twin.last = replace(self.last, previous=moved(self.last.previous), locals_=sent)
+            if self._archive is not None:
+                twin._archive = Archive(new / "history")
         return twin
 
     # ------------------------------------------------------------ where things are
-    def _kept(self, name: str, model: Parameters) -> Parameters:
-        if self.folder is None:
+    def _root(self) -> Path:
+        """Return the folder of everything that is on disk."""
+        if self.folder is not None:
+            return self.folder
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="secateur-")
+        return Path(self._temporary.name)
+
+    def _home(self, place: str, models: Iterable[Parameters]) -> Path | None:
+        """Return the folder of a place, or ``None`` where it is kept in memory.
+
+        What was moved to disk once stays there, so that nothing is in both.
+        """
+        on_disk = self.folder is not None or (
+            self._temporary is not None and (self._root() / place).exists()
+        )
+        if not on_disk and sum(map(size_of, models)) <= IN_MEMORY:
+            return None
+        folder = self._root() / place
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _kept(self, place: str, name: str, model: Parameters) -> Parameters:
+        home = self._home(place, [model, *self.checkpoints.values()])
+        if home is None:
             return copied(model)
-        path = self._path("", f"{name}.safetensors")
+        path = home / f"{name}{SUFFIX}"
         save_model(path, model)
         return SavedModel(path)
 
     def _kept_clients(
         self, place: str, models: Mapping[str, Parameters]
     ) -> Mapping[str, Parameters]:
-        if self.folder is None or not (models or (self.folder / place).exists()):
+        home = self._home(place, models.values()) if models else self._there(place)
+        if home is None:
             return models
-        folder = self.folder / place
-        folder.mkdir(parents=True, exist_ok=True)
         wanted = {file_name(client) for client in models}
-        for path in folder.glob("*.safetensors"):
+        for path in home.glob(f"*{SUFFIX}"):
             if path.name not in wanted:
                 path.unlink()
         for client, model in models.items():
-            if not isinstance(model, SavedModel):
-                save_model(folder / file_name(client), model)
-        return dict(saved_clients(folder))
+            if not (isinstance(model, SavedModel) and model.path.parent == home):
+                save_model(home / file_name(client), model)
+        return dict(saved_clients(home))
+
+    def _there(self, place: str) -> Path | None:
+        if self.folder is None and self._temporary is None:
+            return None
+        home = self._root() / place
+        return home if home.exists() else None
 
     def _kept_round(self, last: LastRound) -> LastRound:
-        if self.folder is None:
+        home = self._home("last", [last.previous, *last.locals_.values()])
+        if home is None:
             return last
-        archive = Archive(self.folder / "last")
+        archive = Archive(home)
         archive.record(last.number, last.previous, last.locals_, last.weights)
         for number in archive.rounds:
             if number != last.number:
                 archive.drop(number)
-        return LastRound(
-            last.number, archive.start(last.number), archive.models(last.number), last.weights
+        return replace(
+            last, previous=archive.start(last.number), locals_=archive.models(last.number)
         )
 
-    def _path(self, place: str, name: str, *, remove: bool = False) -> Path:
-        assert self.folder is not None or remove  # noqa: S101  callers have checked
-        if self.folder is None:
-            return Path(name)
-        path = self.folder / place / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if remove:
-            path.unlink(missing_ok=True)
-        return path
-
     # ------------------------------------------------------------ parts
+    def _keep_checkpoint(self, played: int, model: Parameters) -> None:
+        size = file_bytes(model)
+        if self.limit is not None and self.bytes_held() + size > self.limit:
+            # An earlier one serves as well: exact forgetting plays more rounds again from it.
+            log.warning(
+                "no checkpoint of round %d: it would take what is remembered over the limit of "
+                "%.1f MB; raise memory-limit",
+                played,
+                self.limit / 1e6,
+            )
+            return
+        self.checkpoints[played] = self._kept("checkpoints", _round(played), model)
+
+    def _drop_checkpoint(self, played: int) -> None:
+        del self.checkpoints[played]
+        if (home := self._there("checkpoints")) is not None:
+            (home / f"{_round(played)}{SUFFIX}").unlink(missing_ok=True)
+
+    def _add_to_ledger(self, used: LastRound) -> None:
+        rows = drift.updated_rows(
+            self.ledger, used.locals_, used.weights, self.forgetting, used.locals_.keys()
+        )
+        home = self._home("ledger", used.locals_.values())
+        if home is None:
+            self.ledger = {**self.ledger, **dict(rows)}
+            return
+        self.ledger = self._kept_clients("ledger", self.ledger)
+        for client, row in rows:  # one at a time in memory
+            save_model(home / file_name(client), row)
+        self.ledger = saved_clients(home)
+
     def _record(self, used: LastRound) -> None:
         wanted = HISTORIES & set(self.needs)
         sampled = Need.HISTORY not in wanted and (used.number - 1) % self.interval != 0
         if not wanted or self.given_up or sampled or not used.locals_:
             return
         if self._archive is None:
-            self._archive = self._new_archive()
+            self._archive = Archive(self._root() / "history")
         size = file_bytes(used.previous) * (len(used.locals_) + 1)
         if self.limit is not None and self.bytes_held() + size > self.limit:
             self._give_up(
@@ -302,11 +384,9 @@ class Memory:
                 self._archive.drop(number)
         log.log(level, "the history of rounds is given up: %s", why)
 
-    def _new_archive(self) -> Archive:
-        if self.folder is not None:
-            return Archive(self.folder / "history")
-        self._temporary = tempfile.TemporaryDirectory(prefix="secateur-")
-        return Archive(Path(self._temporary.name) / "history")
+
+def _round(number: int) -> str:
+    return f"round-{number:04d}"
 
 
 def _link(source: str, target: str) -> str:

@@ -31,7 +31,7 @@ from strategies.exchange import match, matched
 from strategies.screen import Screen
 from unlearning.errors import SecateurError
 from unlearning.parameters import Parameters, byte_size, check_alike, check_finite
-from unlearning.plan import Answer, Ask, senders
+from unlearning.plan import Answer, Ask
 from unlearning.randomness import derive_seed
 
 log = logging.getLogger("flwr")
@@ -48,6 +48,17 @@ FORGETFUL = (FedAvg, FedProx, FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan)
 def remembers(strategy: Strategy) -> bool:
     """Say whether a strategy may remember past rounds, as FedAdam does; unknown ones may."""
     return type(strategy) not in FORGETFUL
+
+
+def too_few(usable: int, asked: int, needed: int) -> str:
+    """Say why a round does not count."""
+    return f"{usable} of {asked} clients sent a usable reply, {needed} are needed"
+
+
+def fewest_clients(strategy: Strategy) -> int:
+    """Return how many clients a round of a strategy waits for, as far as it says."""
+    names = ("min_available_nodes", "min_train_nodes")
+    return max(1, *(getattr(strategy, name, 1) for name in names))
 
 
 def replies_needed(quorum: float, asked: int) -> int:
@@ -114,6 +125,8 @@ class PlanRounds:
 
     ``train`` goes through the strategy, so that whatever it tells clients (FedProx's ``mu``) or
     keeps between rounds (FedAdam's moments) takes part; every other action is sent as it is.
+
+    With ``every``, answers are handed over one by one also where their mean would do.
     """
 
     def __init__(
@@ -127,6 +140,7 @@ class PlanRounds:
         deadline_s: float,
         quorum: float,
         seed: int | None,
+        every: bool = False,
     ) -> None:
         self.strategy = strategy
         """Plays the plan's rounds, and remembers them as the federation's own does."""
@@ -137,7 +151,9 @@ class PlanRounds:
         self._deadline_s = deadline_s
         self._quorum = quorum
         self._seed = seed
-        self._needed = 1
+        self._every = every
+        self.answered: set[str] = set()
+        """Clients whose training entered the plan."""
         self.asks = 0
         """Asks carried so far."""
         self.bytes_sent = 0
@@ -146,13 +162,16 @@ class PlanRounds:
         """Client -> why its answer to the last ask was not used."""
 
     def ask(self, ask: Ask) -> list[Answer]:
-        """Send one ask and return the usable answers, sorted by client."""
+        """Send one ask and return the usable answers, sorted by client.
+
+        A round of training that too few answered does not count: nothing is returned then.
+        """
         outgoing = self._train(ask) if ask.action == messages.TRAIN else self._other(ask)
         received = self._grid.send_and_receive(outgoing, timeout=self._deadline_s)
         schema = ask.arrays if ask.action.split(".")[0] == messages.TRAIN else None
         average = None
         one_by_one = isinstance(received, Iterator) and averaging.needs_mean_only(self.strategy)
-        if ask.mean and one_by_one and schema is not None:
+        if ask.mean and one_by_one and schema is not None and not self._every:
             averaged = averaging.average(
                 matched(outgoing, received, self._directory), schema, self._screen
             )
@@ -162,16 +181,23 @@ class PlanRounds:
         self.rejected = dict(screened.rejected)
         for client, reason in screened.rejected.items():
             log.warning("%s: answer of %s not used: %s", ask.action, client, reason)
-        self._needed = replies_needed(self._quorum, len(outgoing))
         self.asks += 1
         size = byte_size([ask.arrays]) if ask.arrays is not None else 0
         back = len(screened.answers) if schema is not None else 0
         self.bytes_sent += size * (len(outgoing) + back)
+        if ask.action == messages.TRAIN:
+            needed = replies_needed(self._quorum, len(outgoing))
+            if len(screened.answers) < needed:
+                log.warning(
+                    "%s: %s", ask.action, too_few(len(screened.answers), len(outgoing), needed)
+                )
+                return []
+            self.answered.update(answer.client for answer in screened.answers)
         return list(screened.answers) if average is None else [average]
 
     def aggregate(self, number: int, start: Parameters, answers: Sequence[Answer]) -> Parameters:
-        """Aggregate as the strategy does; below the quorum the model stays as it was."""
-        if len(senders(answers)) < self._needed:
+        """Aggregate as the strategy does; without an answer the model stays as it was."""
+        if not answers:
             return start
         encoded = [
             messages.message_from(answer, self._directory.node(answer.client)) for answer in answers

@@ -41,17 +41,27 @@ class MemoryJournal:
         self.kept.append(answers)
 
 
+class NoJournal:
+    """Keeps nothing: where all ends with the process, no plan is ever taken up again."""
+
+    def answers(self) -> Sequence[Sequence[Answer]]:
+        """Return that nothing was recorded."""
+        return ()
+
+    def record(self, answers: Sequence[Answer]) -> None:
+        """Let go of the answers."""
+
+
 @dataclass
 class MemoryStore:
-    """Keeps everything until the process ends; for simulations and tests.
+    """Keeps records until the process ends; for simulations and tests.
 
-    Of the models only the newest is kept: nothing could resume from an older one here.
+    Of the models only the newest is kept, and no journal: nothing could resume from them here.
     """
 
     rounds: list[RoundRecord] = field(default_factory=list)
     model: Parameters | None = None
     roster: Mapping[str, str] = field(default_factory=dict)
-    journals: dict[str, MemoryJournal] = field(default_factory=dict)
 
     def commit(self, record: RoundRecord, model: Parameters, roster: Roster) -> None:
         """Keep a finished round."""
@@ -59,14 +69,14 @@ class MemoryStore:
         self.model = model
         self.roster = roster.statuses()
 
-    def journal(self, plan: str) -> MemoryJournal:
-        """Return the journal of one plan."""
-        return self.journals.setdefault(plan, MemoryJournal())
+    def journal(self, plan: str) -> Journal:
+        """Return a journal that keeps nothing."""
+        del plan
+        return NoJournal()
 
     def drop_journal(self, plan: str) -> None:
-        """Delete a journal."""
-        self.journals.pop(plan, None)
+        """Do nothing."""
 
     def open_journals(self) -> Sequence[str]:
-        """Return the plans whose journals are kept."""
-        return tuple(self.journals)
+        """Return none."""
+        return ()

@@ -16,17 +16,23 @@ from strategies.detectors.interface import Detector, Finding, limited
 from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
 from strategies.exchange import Reply, match, matched
 from strategies.forgetting import Forgetting, needs_of
-from strategies.memory import LastRound, Memory
+from strategies.memory import EVERY_UPDATE, LastRound, Memory
 from strategies.messages import ACCURACY
 from strategies.methods.interface import Method, Pending, ServerLab, Situation, Unlearned
 from strategies.rate_limit import RateLimit
 from strategies.records import Phase, RoundRecord, UnlearningRecord
 from strategies.recovery import VALIDATION, Recovery, RecoveryWatch
+from strategies.rewriting import Rewriting
 from strategies.roster import Hysteresis, Roster
 from strategies.screen import Screen, Screened
 from strategies.store import MemoryStore, Store
 from unlearning.catalogue import METHODS, RECORDED, Need, Target, with_implied
-from unlearning.errors import ParametersError, RefusedRequestError, SecateurError
+from unlearning.errors import (
+    ImpossibleRequestError,
+    ParametersError,
+    RefusedRequestError,
+    SecateurError,
+)
 from unlearning.fedup import check_majority
 from unlearning.parameters import Parameters, byte_size, copied, difference
 from unlearning.plan import Answer, carry_out
@@ -37,8 +43,6 @@ from unlearning.routing import NEED_MAJORITY, Cause, Promise, Request, Route
 log = logging.getLogger("flwr")
 costs = logging.getLogger("secateur")
 
-EVERY_UPDATE = frozenset({Need.LAST, Need.LEDGER, Need.HISTORY, Need.SAMPLED_HISTORY})
-"""Needs for which every client's update is looked at."""
 LARGE_ROUND = 2**30
 """Bytes of updates held at once from which on a warning tells of them."""
 
@@ -150,8 +154,7 @@ class Unlearning(Strategy):
         """Let the wrapped strategy choose among the clients that are not excluded."""
         self.record = RoundRecord(server_round, phase=self._phase())
         self._previous = messages.parameters_from(arrays)
-        if self.forgettings:
-            config[messages.FORGETTINGS] = self.forgettings
+        self._tell_forgettings(config)
         with rounds.seeded_sampling(self.seed, server_round):
             chosen = self.strategy.configure_train(
                 server_round, arrays, config, self._visible(grid)
@@ -176,7 +179,7 @@ class Unlearning(Strategy):
         answers = screened.answers
         needed = rounds.replies_needed(self.quorum, len(received))
         if len(answers) < needed:
-            return self._void(too_few(len(answers), len(received), needed))
+            return self._void(rounds.too_few(len(answers), len(received), needed))
         due = self._detect(server_round, answers)
         kept = [answer for answer in answers if answer.client not in due]
         model, metrics, failure = self._aggregate(server_round, kept)
@@ -193,6 +196,7 @@ class Unlearning(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Let the wrapped strategy choose among the clients that are not excluded."""
+        self._tell_forgettings(config)
         with rounds.seeded_sampling(self.seed, -server_round):
             chosen = self.strategy.configure_evaluate(
                 server_round, arrays, config, self._visible(grid)
@@ -293,6 +297,7 @@ class Unlearning(Strategy):
             request,
             number=self.record.number,
             participants=len(active),
+            fewest=rounds.fewest_clients(self.strategy),
             remembers=rounds.remembers(self.strategy),
         )
 
@@ -304,9 +309,8 @@ class Unlearning(Strategy):
         Raises
         ------
         RefusedRequestError
-            If it cannot be served as it asks for; nothing is changed.
-        SecateurError
-            If a client is unknown or excluded already.
+            If it cannot be served as it asks for, or a client is unknown or excluded already;
+            nothing is changed.
         """
         self._check_names(request.clients)
         found = self.route(request)
@@ -348,10 +352,10 @@ class Unlearning(Strategy):
     def _check_names(self, clients: Sequence[str]) -> None:
         unknown = sorted(set(clients) - set(self.directory.clients()))
         if unknown:
-            raise SecateurError(f"no client is called {', '.join(unknown)}")
+            raise ImpossibleRequestError(f"no client is called {', '.join(unknown)}")
         excluded = [client for client in clients if not self.roster.may_take_part(client)]
         if excluded:
-            raise SecateurError(
+            raise ImpossibleRequestError(
                 f"{', '.join(excluded)} cannot be forgotten again: excluded already"
             )
 
@@ -366,9 +370,11 @@ class Unlearning(Strategy):
         """
         number = self.record.number
         # One at a time: recovery is measured against the model before the unlearning it follows.
-        if not self.record.participants or self.recovery.current:
+        if self.recovery.current:
             return None
         for due in self.forgetting.due(number):
+            if not self.record.participants and Need.RETAINED in METHODS[due[0].method].needs:
+                continue
             found = self._unlearn(due, model, grid, config)
             if found is not None:
                 return found
@@ -380,7 +386,8 @@ class Unlearning(Strategy):
         """Forget those who wait for one method; return the new model, or ``None`` if refused."""
         number = self.record.number
         method = self.forgetting.methods[due[0].method]
-        carrier = self.plan_rounds(grid, config)
+        rewriting = Rewriting(self.memory)
+        carrier = self.plan_rounds(grid, config, every=rewriting.every)
         situation = Situation(
             number,
             model,
@@ -390,7 +397,9 @@ class Unlearning(Strategy):
             self.record.participants,
             tuple(c for c in self.directory.clients() if self.roster.may_take_part(c)),
             carrier.aggregate,
+            rewriting.note,
             rounds.remembers(self.strategy),
+            type(self.strategy) in averaging.PLAIN_MEANS,
             self.forgetting.lab,
             self.seed or 0,
         )
@@ -422,6 +431,10 @@ class Unlearning(Strategy):
         self.record.phase = Phase.UNLEARN
         record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
         self._note_unlearned(record, outcome, time.perf_counter() - started)
+        if outcome.origin is not None:
+            rewriting.apply(outcome.origin)
+        else:  # who trained in the plan alone has a part in the model, too
+            self.memory.joined(number, self._previous, sorted(carrier.answered))
         return copied(outcome.model)
 
     def fork(self) -> "Unlearning":
@@ -440,8 +453,13 @@ class Unlearning(Strategy):
         """Decide whether recovery is over; called once the round's model has been measured."""
         self.recovery.observe(self.record.number, self.record.measures.get(VALIDATION))
 
-    def plan_rounds(self, grid: Grid, config: ConfigRecord) -> rounds.PlanRounds:
-        """Return a carrier for plans, with a copy of the wrapped strategy as it was at first."""
+    def plan_rounds(
+        self, grid: Grid, config: ConfigRecord, *, every: bool = False
+    ) -> rounds.PlanRounds:
+        """Return a carrier for plans, with a copy of the wrapped strategy as it was at first.
+
+        With ``every``, it hands over each answer, also where a plan is content with their mean.
+        """
         return rounds.PlanRounds(
             copy.deepcopy(self.fresh),
             grid,
@@ -451,9 +469,14 @@ class Unlearning(Strategy):
             deadline_s=self.deadline_s,
             quorum=self.quorum,
             seed=self.seed,
+            every=every,
         )
 
     # ------------------------------------------------------------ steps of a round
+    def _tell_forgettings(self, config: ConfigRecord) -> None:
+        if self.forgettings:
+            config[messages.FORGETTINGS] = self.forgettings
+
     def _phase(self) -> Phase:
         return Phase.RECOVER if self.recovery.current else Phase.TRAIN
 
@@ -510,7 +533,7 @@ class Unlearning(Strategy):
         self._note_screening(screened)
         needed = rounds.replies_needed(self.quorum, asked) if self.screen is not None else 1
         if averaged.mean is None or len(screened.answers) < needed:
-            return self._void(too_few(len(screened.answers), asked, needed))
+            return self._void(rounds.too_few(len(screened.answers), asked, needed))
         self.memory.joined(number, self._previous, averaged.mean.of)
         if type(self.strategy) in averaging.PLAIN_MEANS:
             self.record.participants = averaged.mean.of
@@ -625,8 +648,6 @@ class Unlearning(Strategy):
         self.strategy_since = number
         forgotten = frozenset(record.clients)
         self.memory.forget(forgotten)
-        if outcome.exact:
-            self.memory.restart()
         if self.detector is not None:
             self.detector.forget(forgotten)
         self.roster.ban(record.clients, number, "forgotten")
@@ -643,11 +664,6 @@ class Unlearning(Strategy):
         self.memory.start(model)
         self.record = RoundRecord(0, measures=dict(measures))
         self.recovery.observe(0, measures.get(VALIDATION))
-
-
-def too_few(usable: int, asked: int, needed: int) -> str:
-    """Say why a round does not count."""
-    return f"{usable} of {asked} clients sent a usable reply, {needed} are needed"
 
 
 def _messages(replies: Sequence[Reply]) -> list[Message]:

@@ -62,6 +62,8 @@ class Entry:
         Whether the target can neither steer nor stop it: it computes and reports nothing.
     several
         Whether it forgets several clients at once.
+    events
+        Whether it serves several requests at once, each with what was frozen for it.
     rounds
         Rounds of the federation that it takes, in words.
     stored
@@ -80,6 +82,7 @@ class Entry:
     source: str
     section: str
     several: bool = True
+    events: bool = True
     routed: bool = True
 
 
@@ -186,6 +189,7 @@ METHODS: dict[str, Entry] = {
         "K + 1",
         "arXiv:2205.12709",
         "2.10",
+        events=False,
         routed=False,
     ),
     "rollback": Entry(

@@ -27,8 +27,8 @@ from torch import Tensor
 from unlearning.errors import SecateurError
 from unlearning.history import History, shares
 from unlearning.parameters import Parameters, trained_names
-from unlearning.plan import Ask, Plan
-from unlearning.replay import beginning, participants, staying
+from unlearning.plan import Answer, Ask, Plan
+from unlearning.replay import Played, beginning, participants, staying
 
 
 def calibrated(recorded: Tensor, fresh: Tensor) -> Tensor:
@@ -77,6 +77,7 @@ def federaser(
     interval: int = 2,
     ratio: float = 0.5,
     local_epochs: int = 1,
+    played: Played | None = None,
 ) -> Plan[Parameters]:
     """Replay every ``interval``-th round with calibrated updates; return the last model.
 
@@ -101,6 +102,9 @@ def federaser(
         Share of the usual local epochs that calibration trains for, over 0.
     local_epochs
         Epochs of an ordinary round.
+    played
+        Told of every replayed round, with the calibrated models; that takes one more model for
+        every client.
 
     Raises
     ------
@@ -120,6 +124,8 @@ def federaser(
             continue
         past = history.models(number)
         if number == 1:
+            if played is not None:
+                played(1, model, [Answer(c, past[c], num_examples=w) for c, w in weights.items()])
             model = _sum(((part, past[client]) for client, part in shares(weights).items()), model)
             continue
         answers = yield Ask(
@@ -132,11 +138,14 @@ def federaser(
         if fresh:
             start = dict(history.start(number))
             parts = shares({client: weights[client] for client in fresh})
-            moved = (
-                (part, calibrated_model(model, fresh[client], start, past[client]))
-                for client, part in parts.items()
+            moved: Iterable[tuple[str, Parameters]] = (
+                (client, calibrated_model(model, arrays, start, past[client]))
+                for client, arrays in fresh.items()
             )
-            model = _sum(moved, model)
+            if played is not None:
+                moved = list(moved)
+                played(number, model, [Answer(c, m, num_examples=weights[c]) for c, m in moved])
+            model = _sum(((parts[client], arrays) for client, arrays in moved), model)
     return model
 
 

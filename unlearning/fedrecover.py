@@ -43,7 +43,7 @@ from unlearning.history import History
 from unlearning.lbfgs import lbfgs_product
 from unlearning.parameters import Parameters, flat, trained_names
 from unlearning.plan import Answer, Ask, Plan
-from unlearning.replay import beginning, participants, staying
+from unlearning.replay import Played, beginning, participants, staying
 from unlearning.retraining import federated_average
 
 Pair = tuple[Tensor, Tensor]
@@ -140,6 +140,7 @@ def fedrecover(
     pairs: int = 2,
     schedule: Schedule | None = None,
     abnormal: float = 1e-6,
+    played: Played | None = None,
 ) -> Plan[Parameters]:
     """Replay every recorded round among those who stay; return the last model.
 
@@ -167,6 +168,9 @@ def fedrecover(
         of all rounds is retraining.
     abnormal
         Share of the recorded entries of a round that may count as abnormal, from 0 to below 1.
+    played
+        Told of every replayed round, with the models that were sent or estimated; that takes one
+        more model for every client.
 
     Raises
     ------
@@ -187,6 +191,7 @@ def fedrecover(
         origin, here = _vector(history.start(number), names), _vector(model, names)
         movement, total, weight = here - origin, torch.zeros_like(here), 0.0
         exact, asked = schedule.exact(place, len(rounds)), []
+        entered: list[Answer] = []
         for client in weights:
             if not exact:
                 recorded = _vector(models[client], names) - origin
@@ -195,6 +200,9 @@ def fedrecover(
                 if bool((update.abs() <= threshold).all()):
                     total += weights[client] * update
                     weight += weights[client]
+                    if played is not None:
+                        guessed = _moved(model, names, update)
+                        entered.append(Answer(client, guessed, num_examples=weights[client]))
                     continue
             asked.append(client)
         answers: Sequence[Answer] = ()
@@ -207,10 +215,14 @@ def fedrecover(
             known[client].append((movement, update - recorded))
             total += weights[client] * update
             weight += weights[client]
+            entered.append(Answer(client, arrays, num_examples=weights[client]))
+        before = model
         if exact and fresh:
-            model = federated_average(number, model, answers)
+            model, entered = federated_average(number, model, answers), list(answers)
         elif weight > 0:
             model = _moved(model, names, total / weight)
+        if played is not None and entered:
+            played(number, before, entered)
     return model
 
 

@@ -1,10 +1,15 @@
 """What plans that replay a history have in common: where they begin, and who takes part."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 from unlearning.errors import MissingNeedError, SecateurError
 from unlearning.history import History
 from unlearning.parameters import Parameters
+from unlearning.plan import Answer
+
+Played = Callable[[int, Parameters, Sequence[Answer]], None]
+"""Told of a round that was played again: its number, the model that it started from, and the models
+that entered its aggregate, with their weights."""
 
 
 def beginning(history: History) -> Parameters:

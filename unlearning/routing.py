@@ -16,6 +16,7 @@ from unlearning.errors import (
     ImpossibleRequestError,
     MissingNeedError,
     NoExactMethodError,
+    NoLastRoundError,
     RefusedRequestError,
     UnsafeMethodError,
 )
@@ -95,6 +96,10 @@ class Available:
         Exact method -> rounds that it would play again.
     default
         What a malicious client is forgotten by first.
+    fewest
+        Clients that a round waits for.
+    present
+        Clients in the last round, where that is remembered; ``None`` for whoever is asked about.
     """
 
     needs: frozenset[Need]
@@ -103,6 +108,8 @@ class Available:
     default: Literal["fedup", "drift"] = "fedup"
     waiting: int = 0
     methods: frozenset[str] = frozenset(METHODS)
+    fewest: int = 1
+    present: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +224,20 @@ def _check(name: str, request: Request, available: Available) -> None:
     if lacking := missing(name, there):
         recorded = "recorded" if set(lacking) & RECORDED else "available"
         raise MissingNeedError(f"{name} needs {_list(lacking)}, which is not {recorded}")
+    if Need.LAST in entry.needs and available.present is not None:
+        absent = sorted(set(request.clients) - available.present)
+        if absent:
+            raise NoLastRoundError(
+                f"{name} needs the last round of {_list(absent)}, who took no part in it; let them "
+                "take part once more"
+            )
+    staying = available.participants - len(request.clients)
+    if Need.RETAINED in entry.needs and 0 < staying < available.fewest:
+        raise BenignMajorityError(
+            f"{staying} of {available.participants} clients would stay, and a round waits for "
+            f"{available.fewest}: lower min_available_nodes and min_train_nodes of the strategy, "
+            "or wait until more clients have joined"
+        )
     if name in NEED_MAJORITY:  # all who wait may be served together
         waiting = available.waiting
         check_majority(len(request.clients) + waiting, available.participants + waiting)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from strategies.memory import Memory
-from strategies.methods.interface import Situation, Unlearned, done
+from strategies.methods.interface import Situation, Unlearned, done, sums
 from unlearning import drift
 from unlearning.errors import MissingNeedError, SecateurError
 from unlearning.parameters import Parameters, copied
@@ -56,4 +56,5 @@ class Drift:
             [event.share for event in events],
             self.strength,
         )
-        return done(Unlearned(model, settings={"strength": self.strength}))
+        settings = {"strength": self.strength}
+        return done(Unlearned(model, settings=settings, warnings=sums(situation, self.name)))

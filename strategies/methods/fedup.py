@@ -25,7 +25,7 @@ class FedUPEvidence:
 
     disagreement: Mapping[str, torch.Tensor]
     flagged: Mapping[str, torch.Tensor]
-    """Mean model m of the event's clients over the prunable tensors; for ``malmag`` alone."""
+    """Size of the weights of the event's clients' mean model m; for ``malmag`` alone."""
     percentiles: Mapping[str, float]
 
 
@@ -65,7 +65,7 @@ class FedUP:
         flagged = mean([last.locals_[client] for client in sorted(clients)])
         return FedUPEvidence(
             fedup.disagreement(flagged, model, names),
-            {name: flagged[name] for name in names} if self.score == "malmag" else {},
+            {name: flagged[name].abs() for name in names} if self.score == "malmag" else {},
             fedup.conflict_percentiles(last.locals_, last.previous, clients, names),
         )
 
@@ -80,7 +80,7 @@ class FedUP:
             situation.previous,
             rate,
             score=self.score,
-            flagged=events[0].flagged,
+            flagged=fedup.largest_disagreement([event.flagged for event in events]),
             generator=generator(situation.seed, "random pruning", situation.number),
         )
         pruned = fedup.prune(situation.model, masks)

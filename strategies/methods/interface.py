@@ -12,6 +12,7 @@ from unlearning import retraining
 from unlearning.catalogue import Need
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer, Ask, Plan
+from unlearning.replay import Played
 from unlearning.routing import Cause
 
 
@@ -77,8 +78,12 @@ class Situation:
     """All clients that may take part, whether or not they did in this round."""
     aggregate: retraining.Aggregate
     """The federation's own rule of aggregation, with no memory of past rounds."""
+    played: Played
+    """To be told of every round that is played again."""
     remembers: bool
     """Whether that rule remembers past rounds, as FedAdam does."""
+    averages: bool
+    """Whether that rule is the weighted mean itself."""
     lab: ServerLab | None = None
     seed: int = 0
 
@@ -107,6 +112,8 @@ class Unlearned:
     """Per forgotten client, the share of retained clients with less conflict (``methods`` 1.6)."""
     exact: bool = False
     """Whether the model is as if they had never taken part; nothing needs to recover then."""
+    origin: int | None = None
+    """Round after which all rounds were played again; ``None`` where the model was changed."""
     warnings: tuple[str, ...] = ()
 
 
@@ -125,6 +132,16 @@ class Method(Protocol):
 
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Return the plan that forgets ``situation.pending``."""
+
+
+def sums(situation: Situation, method: str) -> tuple[str, ...]:
+    """Return a warning where a method takes the model for a sum of averages, and it is none."""
+    if situation.averages:
+        return ()
+    return (
+        f"not_an_average: {method} takes back shares of weighted means, and this federation's "
+        "strategy makes its model otherwise",
+    )
 
 
 def done(result: Unlearned) -> Generator[Ask, Sequence[Answer], Unlearned]:

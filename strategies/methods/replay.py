@@ -1,4 +1,4 @@
-"""Methods that replay recorded rounds: FedEraser and FedRecover; and VeriFi's few rounds."""
+"""Methods that replay recorded rounds: FedEraser and FedRecover."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -42,8 +42,10 @@ class FedEraser:
             interval=self.interval,
             ratio=self.ratio,
             local_epochs=self.local_epochs,
+            played=situation.played,
         )
-        return Unlearned(model, settings={"interval": self.interval, "ratio": self.ratio})
+        settings = {"interval": self.interval, "ratio": self.ratio}
+        return Unlearned(model, settings=settings, origin=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,6 @@ class FedRecover:
         """Ask the retained clients in some of the rounds."""
         history = history_of(situation, self.name)
         model = yield from fedrecover.fedrecover(
-            history, frozenset(situation.forgotten), situation.active
+            history, frozenset(situation.forgotten), situation.active, played=situation.played
         )
-        return Unlearned(model, settings={"rounds": len(history.rounds)})
+        return Unlearned(model, settings={"rounds": len(history.rounds)}, origin=0)

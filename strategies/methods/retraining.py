@@ -45,6 +45,8 @@ class Retrain:
             after = situation.aggregate(played, before, answers)
             if after is before:
                 void.append(played)
+            else:
+                situation.played(played, before, answers)
             return after
 
         model = yield from retraining.retrain(
@@ -57,7 +59,7 @@ class Retrain:
             )
         warnings = (f"rounds without a model: {', '.join(map(str, void))}",) if void else ()
         told = {"rounds": rounds, "from_round": number}
-        return Unlearned(model, settings=told, exact=True, warnings=warnings)
+        return Unlearned(model, settings=told, exact=True, origin=number, warnings=warnings)
 
     def origin(
         self, memory: Memory, clients: Collection[str], remembers: bool

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from strategies.memory import Memory
-from strategies.methods.interface import Situation, Unlearned, done
+from strategies.methods.interface import Situation, Unlearned, done, sums
 from unlearning import distillation, fast, negative_gradients
 from unlearning.errors import MissingNeedError
 from unlearning.history import History
@@ -37,7 +37,8 @@ class NegativeGradients:
             frozenset(situation.forgotten),
             self.strength,
         )
-        return done(Unlearned(model, settings={"strength": self.strength}))
+        settings = {"strength": self.strength}
+        return done(Unlearned(model, settings=settings, warnings=sums(situation, self.name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,8 @@ class FAST:
             repair,
         )
         accepted = ", ".join(str(number) for number in log.accepted)
-        return done(Unlearned(model, settings={"rounds_subtracted": accepted}))
+        settings = {"rounds_subtracted": accepted}
+        return done(Unlearned(model, settings=settings, warnings=sums(situation, self.name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +123,8 @@ class Distillation:
             batch_size=self.batch_size,
             generator=generator(situation.seed, "distillation", situation.number),
         )
-        return done(
-            Unlearned(model, settings={"epochs": self.epochs, "temperature": self.temperature})
-        )
+        settings = {"epochs": self.epochs, "temperature": self.temperature}
+        return done(Unlearned(model, settings=settings, warnings=sums(situation, self.name)))
 
 
 def history_of(situation: Situation, method: str) -> History:

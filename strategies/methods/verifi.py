@@ -43,13 +43,11 @@ class ScaleToUnlearn:
 
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Ask the retained clients for two rounds."""
-        events: list[tuple[LastRound, dict[str, float]]] = situation.evidence
-        last, shares = events[0][0], {c: s for _, event in events for c, s in event.items()}
-        sent = {c: m for theirs, _ in events for c, m in theirs.locals_.items()}
+        last, shares = situation.evidence[0]  # one event at a time, says the catalogue
         model = yield from verifi.scale_to_unlearn(
             last.previous,
             situation.model,
-            [sent[client] for client in shares],
+            [last.locals_[client] for client in shares],
             list(shares.values()),
             situation.active,
             first_round=situation.number + 1,

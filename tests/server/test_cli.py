@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 
 from server.cli import COMMANDS, main
+from unlearning.catalogue import METHODS
 
 QUICK = ["--engine", "inprocess", "--set", "rounds=4", "--set", "warm-up=1", "--set", "clients.total=6",
          "--set", "clients.malicious=2", "--set", "local-epochs=1", "--set", "examples=400"]  # fmt: skip
@@ -98,6 +99,19 @@ def test_lists_are_tables_and_json(command, capsys):
     assert code == 0
     assert rows
     assert all(row["name"].split("-")[0] in table for row in rows)
+
+
+def test_methods_are_shown_with_all_that_a_choice_needs(capsys):
+    _, out, _ = call(capsys, "methods")
+    for entry in out.split("\n\n")[: len(METHODS)]:
+        name = entry.split(":")[0].strip()
+        told = " ".join(entry.split())
+        known = METHODS[name]
+        for fact in (
+            *known.needs, *known.targets, f"guarantee {known.guarantee} ",
+            f"lies {'yes' if known.safe else 'no'} ", known.rounds, known.stored, known.source,
+        ):  # fmt: skip
+            assert fact in told
 
 
 BAD = {

@@ -151,13 +151,60 @@ def test_a_limit_gives_the_history_up_and_says_so(tmp_path, where, caplog):
     assert filled(tmp_path / "all", where, needs, limit=2 * whole + 9000).history is not None
 
 
-def test_training_again_makes_recorded_rounds_useless(tmp_path, where):
+def test_rounds_that_were_undone_are_dropped(tmp_path, where, caplog):
     memory = filled(tmp_path, where)
-    memory.restart()
-    assert memory.available() == {Need.INITIAL, Need.CHECKPOINTS}
-    memory.remember(played(4, b=1, d=2), ["b", "d"])
-    assert memory.history is None  # it would not begin at round 1
+    memory.rewind(1)
+    assert list(memory.history.rounds) == [1]
+    assert memory.first_rounds == {"a": 1, "b": 1}
+    assert memory.checkpoints == {}  # that of round 2 is from after round 1
+    assert not list(tmp_path.rglob("checkpoints/*.safetensors"))
+    assert not list(tmp_path.rglob("ledger/*.safetensors"))
+    assert "the ledger is given up: rounds after 1 were undone" in caplog.text
+    assert memory.available() == {*EVERYTHING} - {Need.LAST, Need.LEDGER}
+    memory.remember(played(2, b=1, d=2), ["b", "d"])
+    assert list(memory.history.rounds) == [1, 2]
     assert Need.LAST in memory.available()
+    assert Need.LEDGER not in memory.available()
+    memory.rewind(0)  # from here on everything is written anew
+    memory.remember(played(1, b=1, d=2), ["b", "d"])
+    assert memory.available() == {*EVERYTHING}
+
+
+def test_what_is_large_is_kept_on_disk(monkeypatch):
+    small, memory = Memory(EVERYTHING), Memory(EVERYTHING)
+    for one, limit in ((small, 10**9), (memory, 100)):
+        monkeypatch.setattr("strategies.memory.IN_MEMORY", limit)
+        one.start(model(0))
+        one.remember(played(1, a=1, b=2), ["a", "b"])  # 48 bytes of updates, 72 with the start
+        one.remember(played(2, a=3, b=4, c=5, d=6, e=7), ["a", "b", "c", "d", "e"])
+        one.remember(played(3, a=1, f=3), ["a", "f"])
+    root = memory.history.folder.parent
+    assert {p.name for p in root.iterdir()} == {"history", "last", "ledger"}
+    assert {p.name for p in small.history.folder.parent.iterdir()} == {"history"}
+    twin = copy.deepcopy(memory)
+    for one in (memory, twin):
+        assert one.ledger.keys() == small.ledger.keys()
+        assert all(same(one.ledger[c], row) for c, row in small.ledger.items())
+        assert all(same(one.last.locals_[c], m) for c, m in small.last.locals_.items())
+        assert one.bytes_held() == small.bytes_held()
+    twin.forget({"a"})
+    assert "a" not in twin.ledger
+    assert "a" in memory.ledger
+    assert same(memory.last.locals_["a"], model(1))
+    memory.forget({"a"})
+    assert not list(root.rglob("a.safetensors"))
+
+
+def test_a_limit_leaves_checkpoints_out_and_exact_forgetting_goes_further_back(caplog):
+    size = 16 + 8
+    memory = Memory([Need.CHECKPOINTS], limit=1024 + 2 * size)
+    memory.start(model(0))
+    for number, client in enumerate("abcd", start=1):
+        memory.remember(played(number, **{client: 1}), [client])
+    # A file is taken for 1024 bytes more than its tensors: one checkpoint fits besides model 0.
+    assert list(memory.checkpoints) == [1]
+    assert "no checkpoint of round 2" in caplog.text
+    assert memory.checkpoint({"d"})[0] == 1
 
 
 def test_a_copy_is_independent_and_shares_no_file_that_changes(tmp_path):
