@@ -1,6 +1,7 @@
 """Replays of a history, FedEraser and FedRecover, against their definitions and retraining."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -14,6 +15,7 @@ from unlearning.federaser import calibrated, federaser
 from unlearning.fedrecover import (
     Schedule,
     abnormality_threshold,
+    credible,
     estimated,
     fedrecover,
     usual_schedule,
@@ -847,3 +849,35 @@ def test_fedrecover_reads_no_buffers_nothing_of_the_forgotten_and_little_twice()
     assert {key[1] for key in reads} == {"start", "a", "b"}
     assert all(reads[number, c, "w"] <= 3 for number, c in itertools.product(range(1, 13), "ab"))
     assert not any(reads[number, c, "norm.running_mean"] for number in range(1, 13) for c in "ab")
+
+
+@pytest.mark.parametrize(("update", "asked_again"), [(-0.85, False), (-1.4, True)])
+def test_an_estimate_that_overshoots_is_abnormal_however_small_it_is(update, asked_again):
+    # a: s = 1, y = .1 - update, so B = .95 or 1.5. In round 3 the replay is .05 above the recorded
+    # model: the estimate is .1 - .05 B, well within tau = .1, and differs from the recorded update
+    # by .05 B, which must not exceed .05.
+    rounds = {1: {"a": 0.0, "b": 0.0}, 2: {"a": update, "b": 0.1}, 3: {"a": 0.03}}
+    before = (update + 3 * 0.1) / 4
+
+    found, asked = play(abnormal_history(third=before - 0.05), rounds)
+
+    assert (asked[-1] == (3, ("a",))) is asked_again
+    own = 0.03 if asked_again else 0.1 - 0.05 * 0.95
+    assert found == pytest.approx(before + (own + 3 * 0.1) / 4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "threshold", "expected"),
+    [
+        (3.0, 9.0, True),
+        (5.0, 9.0, True),  # as far as v is from w
+        (5.1, 9.0, False),
+        (3.0, 3.9, False),  # an entry of 4 is larger than tau
+        (math.nan, 9.0, False),
+    ],
+)
+def test_what_is_credible(change, threshold, expected):
+    movement = torch.tensor([3.0, 4.0])  # of length 5
+    recorded = torch.tensor([1.0, 1.0])
+    update = recorded + torch.tensor([change, 0.0])
+    assert credible(update, recorded, movement, threshold) is expected
