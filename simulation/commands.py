@@ -193,7 +193,7 @@ def play(
     from simulation.experiment import Experiment, client_app  # noqa: PLC0415
 
     gpu = check_ready(scenario)
-    experiment = Experiment(scenario, progress.round)
+    experiment = Experiment(scenario, progress.round, progress.ask)
     if engine == "ray":
         from simulation.engines import ray  # noqa: PLC0415
 

@@ -15,8 +15,9 @@ from server.federation import TEST
 from simulation.compare_report import Column, Document, costs, forgetting_of, remarks, results
 from simulation.comparison import RETRAINED, TRAINING, Comparison, Trial, Watcher
 from simulation.probes import BACKDOOR, FLIP, FORGET
-from simulation.progress import Notes
+from simulation.progress import Notes, asking
 from strategies.records import RoundRecord
+from unlearning.plan import Ask
 
 SHORT = {TEST: "accuracy", BACKDOOR: "backdoor", FLIP: "flipped", FORGET: "forget accuracy"}
 
@@ -96,6 +97,10 @@ class CompareProgress(Watcher):
         accuracy = record.measures.get(TEST)
         told = f"round {record.number}" + ("" if accuracy is None else f"  {accuracy:.1%}")
         self._bar.update(self._task, completed=min(done, self._stage_end), state=told)
+
+    def ask(self, ask: Ask) -> None:
+        """Show that a method asks clients."""
+        self._bar.update(self._task, state=asking(ask))
 
     def end(self, trial: Trial) -> None:
         """Tell what a method came to."""

@@ -34,6 +34,7 @@ from strategies.wrapper import Unlearning
 from unlearning.catalogue import METHODS, Target
 from unlearning.errors import RefusedRequestError
 from unlearning.parameters import Parameters, byte_size
+from unlearning.plan import Ask
 from unlearning.recovery import rounds_to_reach
 from unlearning.routing import Cause, Request
 
@@ -129,6 +130,9 @@ class Watcher:
 
     def round(self, record: RoundRecord) -> None:
         """Take note of a finished round."""
+
+    def ask(self, ask: Ask) -> None:
+        """Take note that a method is about to ask clients."""
 
     def end(self, trial: Trial) -> None:
         """Take note of a method's result."""
@@ -333,6 +337,7 @@ class Comparison:
             train_config=settings.to_record(),
             measure=trained.measure,
             on_round=note,
+            on_ask=trained.watcher.ask,
         )
         done = records[0].unlearning
         if done is None or done.refused is not None:

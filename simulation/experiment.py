@@ -21,7 +21,7 @@ from strategies.records import Phase, RoundRecord
 from strategies.rounds import PlanRounds
 from strategies.wrapper import Unlearning
 from unlearning.parameters import Parameters
-from unlearning.plan import Answer, carry_out, senders
+from unlearning.plan import Answer, Ask, carry_out, senders
 from unlearning.randomness import generator
 from unlearning.recovery import rounds_to_reach
 from unlearning.retraining import retrain
@@ -101,10 +101,16 @@ def check_trained(records: Sequence[RoundRecord]) -> None:
 class Experiment:
     """Plays a scenario on any Grid."""
 
-    def __init__(self, scenario: Scenario, on_round: OnRound = lambda stage, record: None) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        on_round: OnRound = lambda stage, record: None,
+        on_ask: Callable[[Ask], None] = lambda ask: None,
+    ) -> None:
         self.scenario = scenario
         self.outcome = Outcome(scenario)
         self._on_round = on_round
+        self._on_ask = on_ask
         self._last: Point | None = None
 
     def play(self, grid: Grid) -> None:
@@ -137,6 +143,7 @@ class Experiment:
             train_config=settings.to_record(),
             measure=probes.measure,
             on_round=on_round,
+            on_ask=self._on_ask,
         )
         last = self.outcome.rounds[-1]
         check_trained(self.outcome.rounds)

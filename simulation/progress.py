@@ -15,6 +15,7 @@ from server.federation import TEST
 from simulation.probes import BACKDOOR, FLIP
 from simulation.scenario import Scenario
 from strategies.records import RoundRecord
+from unlearning.plan import Ask
 
 MOST_TOLD = 10
 """Rejected clients that are told of by name in a round; the report holds all."""
@@ -88,6 +89,10 @@ class Progress:
         if not self._console.is_terminal and stage == "federation":
             self._console.print(f"round {record.number:3d}  {state(record)}", highlight=False)
 
+    def ask(self, ask: Ask) -> None:
+        """Show that a method asks clients, as it may for many rounds within one."""
+        self._bar.update(self._task("federation", None), state=asking(ask))
+
     def _task(self, stage: str, total: int | None) -> Any:
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(STAGES[stage], total=total, state="starting")
@@ -105,6 +110,13 @@ class Notes(logging.Handler):
         """Print one line."""
         colour = "yellow" if record.levelno >= logging.WARNING else "dim"
         self._console.print(f"[{colour}]{escape(record.getMessage())}[/]", highlight=False)
+
+
+def asking(ask: Ask) -> str:
+    """Return what a method is about: rounds that are played again have numbers."""
+    number = ask.config.get("round")
+    told = "" if number is None else f", round {number} again"
+    return f"unlearning: {len(ask.to)} clients asked{told}"
 
 
 def state(record: RoundRecord) -> str:

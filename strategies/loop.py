@@ -17,6 +17,7 @@ from strategies.records import RoundRecord
 from strategies.recovery import VALIDATION
 from strategies.wrapper import Unlearning
 from unlearning.parameters import Parameters
+from unlearning.plan import Ask
 
 MOST_VOID = 20
 """Rounds in a row without a new model, after which unfinished forgetting is given up."""
@@ -36,6 +37,7 @@ def run_rounds(
     evaluate_config: ConfigRecord | None = None,
     measure: Measure = lambda number, model: {},
     on_round: Callable[[RoundRecord, Parameters], None] = lambda record, model: None,
+    on_ask: Callable[[Ask], None] = lambda ask: None,
     result: Result | None = None,
 ) -> Parameters:
     """Play ``rounds`` rounds, and more while forgetting is unfinished; return the last model.
@@ -57,6 +59,9 @@ def run_rounds(
         Called with round 0 and after every round.
     on_round
         Called with every finished round and its model, once the store has it.
+    on_ask
+        Called before every ask of a method that asks clients, of which there may be many within one
+        round.
     result
         Collects what Flower's ``start`` returns.
     """
@@ -77,7 +82,7 @@ def run_rounds(
             )
         started = time.perf_counter()
         model = _train(federation, grid, number, model, train_config, result)
-        pruned = federation.unlearn_if_due(model, grid, train_config)
+        pruned = federation.unlearn_if_due(model, grid, train_config, on_ask)
         model = model if pruned is None else pruned
         measures = dict(measure(number, model))
         asked = _ask_clients(federation, grid, number, model, evaluate_config, result)

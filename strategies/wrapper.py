@@ -35,7 +35,7 @@ from unlearning.errors import (
 )
 from unlearning.fedup import check_majority
 from unlearning.parameters import Parameters, byte_size, copied, difference
-from unlearning.plan import Answer, carry_out
+from unlearning.plan import Answer, Ask, carry_out
 from unlearning.randomness import derive_seed
 from unlearning.retraining import federated_average
 from unlearning.routing import NEED_MAJORITY, Cause, Promise, Request, Route
@@ -360,7 +360,11 @@ class Unlearning(Strategy):
             )
 
     def unlearn_if_due(
-        self, model: Parameters, grid: Grid, config: ConfigRecord
+        self,
+        model: Parameters,
+        grid: Grid,
+        config: ConfigRecord,
+        on_ask: Callable[[Ask], None] = lambda ask: None,
     ) -> dict[str, torch.Tensor] | None:
         """Forget whoever waits, if the rate limit allows it; return the new model, if any.
 
@@ -375,13 +379,18 @@ class Unlearning(Strategy):
         for due in self.forgetting.due(number):
             if not self.record.participants and Need.RETAINED in METHODS[due[0].method].needs:
                 continue
-            found = self._unlearn(due, model, grid, config)
+            found = self._unlearn(due, model, grid, config, on_ask)
             if found is not None:
                 return found
         return None
 
     def _unlearn(
-        self, due: tuple[Pending, ...], model: Parameters, grid: Grid, config: ConfigRecord
+        self,
+        due: tuple[Pending, ...],
+        model: Parameters,
+        grid: Grid,
+        config: ConfigRecord,
+        on_ask: Callable[[Ask], None],
     ) -> dict[str, torch.Tensor] | None:
         """Forget those who wait for one method; return the new model, or ``None`` if refused."""
         number = self.record.number
@@ -408,12 +417,17 @@ class Unlearning(Strategy):
         record.guarantee = METHODS[method.name].guarantee
         record.memory_bytes = self.memory.bytes_held(METHODS[method.name].needs)
         plan = f"unlearning-{number}"
+
+        def ask(question: Ask) -> Sequence[Answer]:
+            on_ask(question)
+            return carrier.ask(question)
+
         started = time.perf_counter()
         try:
             if method.name in NEED_MAJORITY:
                 gone = len(situation.forgotten)
                 check_majority(gone, len(situation.retained) + gone)
-            outcome = carry_out(method.plan(situation), carrier.ask, self.store.journal(plan))
+            outcome = carry_out(method.plan(situation), ask, self.store.journal(plan))
         except (RefusedRequestError, ParametersError) as error:
             self.store.drop_journal(plan)
             if not self.forgetting.stuck:  # said once, and tried again in every round to come

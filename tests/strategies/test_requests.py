@@ -450,3 +450,22 @@ def test_a_folder_is_one_runs_and_no_copys(scripted_grid, tmp_path):
 
 def test_a_client_named_twice_is_one():
     assert Request(Target.CLIENT, ("a", "b", "a"), "privacy").clients == ("a", "b")
+
+
+def test_whoever_watches_is_told_of_every_ask_before_it_is_carried(scripted_grid):
+    answered, told = [], []
+    grid = scripted_grid(learning(answered), 7)
+    wrapped = federation("retrain")
+    _, models = play(wrapped, grid, 3)
+    wrapped.forget(GONE, "privacy")
+    answered.clear()
+    run_rounds(
+        wrapped,
+        grid,
+        models[-1],
+        rounds=4,
+        played=3,
+        on_ask=lambda ask: told.append((ask.config["round"], len(ask.to), len(answered))),
+    )
+    # Round 4 itself is no ask; then rounds 1 to 4 again among five, each told before its answers.
+    assert told == [(number, 5, 5 * number) for number in (1, 2, 3, 4)]
