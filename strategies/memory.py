@@ -163,6 +163,10 @@ class Memory:
             found |= HISTORIES & set(self.needs)
         return frozenset(found)
 
+    def samples(self, number: int) -> bool:
+        """Say whether a round is one of those recorded where some are enough."""
+        return (number - 1) % self.interval == 0
+
     def recorded_clients(self) -> frozenset[str]:
         """Return the clients whose models are in recorded rounds."""
         return history.clients(self._archive) if self._archive is not None else frozenset()
@@ -363,8 +367,8 @@ class Memory:
 
     def _record(self, used: LastRound) -> None:
         wanted = HISTORIES & set(self.needs)
-        sampled = Need.HISTORY not in wanted and (used.number - 1) % self.interval != 0
-        if not wanted or self.given_up or sampled or not used.locals_:
+        skipped = Need.HISTORY not in wanted and not self.samples(used.number)
+        if not wanted or self.given_up or skipped or not used.locals_:
             return
         if self._archive is None:
             self._archive = Archive(self._root() / "history")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.archive import Archive
-from strategies.memory import EVERY_UPDATE, LastRound, Memory
+from strategies.memory import LastRound, Memory
 from unlearning.catalogue import Need
 from unlearning.parameters import Parameters, copied
 from unlearning.plan import Answer, senders
@@ -22,15 +22,20 @@ class Rewriting:
     """
 
     memory: Memory
+    newest: int
+    """The last round that may be played again."""
     _rounds: list[tuple[int, Parameters | None, tuple[str, ...]]] = field(default_factory=list)
     """Number, model that it started from if somebody took part for the first time, and who did."""
     _seen: set[str] = field(default_factory=set)
     _folder: Any = None
 
-    @property
-    def every(self) -> bool:
-        """Whether every client's own model is wanted, and not their mean alone."""
-        return bool(EVERY_UPDATE & set(self.memory.needs))
+    def wants(self, number: int) -> bool:
+        """Say whether every client's own model is wanted of a round, and not their mean alone."""
+        needs = set(self.memory.needs)
+        if needs & {Need.HISTORY, Need.LEDGER}:
+            return True
+        sampled = Need.SAMPLED_HISTORY in needs and self.memory.samples(number)
+        return sampled or (Need.LAST in needs and number >= self.newest)
 
     def note(self, number: int, previous: Parameters, answers: Sequence[Answer]) -> None:
         """Take note of a round that made a model.
@@ -47,21 +52,16 @@ class Rewriting:
         clients = senders(answers)
         new = not self._seen.issuperset(clients)
         self._seen.update(clients)
-        if self.every:
+        if self.wants(number):
             own = {a.client: a.arrays for a in answers if a.arrays is not None}
             weights = {a.client: float(a.num_examples) for a in answers}
-            staged = self._staged()
-            staged.record(number, previous, own, weights)
-            if set(self.memory.needs) & EVERY_UPDATE == {Need.LAST}:
-                for older in staged.rounds:
-                    if older < number:
-                        staged.drop(older)
+            self._staged().record(number, previous, own, weights)
         self._rounds.append((number, previous if new else None, clients))
 
     def apply(self, origin: int) -> None:
         """Put these rounds in the place of those after ``origin``."""
         self.memory.rewind(origin)
-        staged = self._staged() if self.every else None
+        staged = self._staged() if self._folder is not None else None
         there = set(staged.rounds) if staged is not None else set()
         for number, previous, clients in self._rounds:
             if previous is not None:

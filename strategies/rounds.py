@@ -126,7 +126,8 @@ class PlanRounds:
     ``train`` goes through the strategy, so that whatever it tells clients (FedProx's ``mu``) or
     keeps between rounds (FedAdam's moments) takes part; every other action is sent as it is.
 
-    With ``every``, answers are handed over one by one also where their mean would do.
+    Of rounds for which ``every`` says so, answers are handed over one by one also where their mean
+    would do.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class PlanRounds:
         deadline_s: float,
         quorum: float,
         seed: int | None,
-        every: bool = False,
+        every: Callable[[int], bool] = lambda number: False,
     ) -> None:
         self.strategy = strategy
         """Plays the plan's rounds, and remembers them as the federation's own does."""
@@ -171,7 +172,8 @@ class PlanRounds:
         schema = ask.arrays if ask.action.split(".")[0] == messages.TRAIN else None
         average = None
         one_by_one = isinstance(received, Iterator) and averaging.needs_mean_only(self.strategy)
-        if ask.mean and one_by_one and schema is not None and not self._every:
+        wanted = ask.action == messages.TRAIN and self._every(int(ask.config["round"]))
+        if ask.mean and one_by_one and schema is not None and not wanted:
             averaged = averaging.average(
                 matched(outgoing, received, self._directory), schema, self._screen
             )

@@ -395,8 +395,8 @@ class Unlearning(Strategy):
         """Forget those who wait for one method; return the new model, or ``None`` if refused."""
         number = self.record.number
         method = self.forgetting.methods[due[0].method]
-        rewriting = Rewriting(self.memory)
-        carrier = self.plan_rounds(grid, config, every=rewriting.every)
+        rewriting = Rewriting(self.memory, number)
+        carrier = self.plan_rounds(grid, config, every=rewriting.wants)
         situation = Situation(
             number,
             model,
@@ -468,11 +468,16 @@ class Unlearning(Strategy):
         self.recovery.observe(self.record.number, self.record.measures.get(VALIDATION))
 
     def plan_rounds(
-        self, grid: Grid, config: ConfigRecord, *, every: bool = False
+        self,
+        grid: Grid,
+        config: ConfigRecord,
+        *,
+        every: Callable[[int], bool] = lambda number: False,
     ) -> rounds.PlanRounds:
         """Return a carrier for plans, with a copy of the wrapped strategy as it was at first.
 
-        With ``every``, it hands over each answer, also where a plan is content with their mean.
+        Of rounds for which ``every`` says so it hands over each answer, also where a plan is
+        content with their mean.
         """
         return rounds.PlanRounds(
             copy.deepcopy(self.fresh),

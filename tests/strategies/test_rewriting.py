@@ -2,9 +2,15 @@
 
 import pytest
 import torch
-from flwr.serverapp.strategy import FedAvg
 
+from client.task.evaluation import state_of
+from client.task.protocol import load_task
+from server.federation import build_federation, initial_model
+from simulation.commands import grid_of
+from simulation.scenario import load_scenario
+from strategies import averaging
 from strategies.forgetting import needs_of
+from strategies.loop import run_rounds
 from strategies.memory import Memory
 from strategies.methods.replay import FedEraser
 from strategies.methods.retraining import ReplayError
@@ -226,32 +232,60 @@ def test_a_replay_that_fails_leaves_the_memory_as_it_was(scripted_grid):
     assert issubclass(ReplayError, Exception)
 
 
-@pytest.mark.parametrize("needs", [[], [Need.INITIAL, Need.CHECKPOINTS], [Need.LAST]])
-def test_no_more_is_written_aside_than_is_needed(needs):
-    memory = Memory(needs)
+@pytest.mark.parametrize(
+    ("needs", "wanted"),
+    [
+        ([], []),
+        ([Need.INITIAL, Need.CHECKPOINTS], []),
+        ([Need.LAST], [4]),
+        ([Need.SAMPLED_HISTORY], [1, 4]),
+        ([Need.SAMPLED_HISTORY, Need.LAST], [1, 4]),
+        ([Need.LEDGER], [1, 2, 3, 4]),
+        ([Need.SAMPLED_HISTORY, Need.HISTORY], [1, 2, 3, 4]),
+    ],
+)
+def test_no_more_is_written_aside_than_is_needed(needs, wanted):
+    memory = Memory(needs, interval=3)
     memory.start(MODEL)
-    rewriting = Rewriting(memory)
-    assert rewriting.every == (needs == [Need.LAST])
-    for number in (1, 2, 3):
+    rewriting = Rewriting(memory, 4)
+    assert [number for number in (1, 2, 3, 4) if rewriting.wants(number)] == wanted
+    for number in (1, 2, 3, 4):
         sent = {"w": torch.full((2,), float(number))}
         rewriting.note(number, MODEL, [Answer("a", sent, num_examples=1)])
-    if rewriting.every:
-        assert rewriting._staged().rounds == (3,)
-    else:
-        assert rewriting._folder is None
+    assert list(rewriting._staged().rounds) == wanted
     rewriting.apply(0)
     assert memory.first_rounds == {"a": 1}
-    assert memory.last_rounds == {"a": 3}
-    if needs == [Need.LAST]:
-        assert memory.last.number == 3
-        assert memory.last.locals_["a"]["w"].tolist() == [3.0, 3.0]
+    assert memory.last_rounds == {"a": 4}
+    if Need.LAST in needs:
+        assert memory.last.number == 4
+        assert memory.last.locals_["a"]["w"].tolist() == [4.0, 4.0]
 
 
-def test_means_are_streamed_unless_somebody_needs_every_update(scripted_grid):
-    for method, every in (("retrain", False), ("fedup", True)):
-        wrapped = federation(
-            method,
-            strategy=FedAvg(fraction_evaluate=0.0),
-            memory=Memory(needs_of([])) if not every else None,
-        )
-        assert Rewriting(wrapped.memory).every is every
+@pytest.mark.parametrize("method", ["retrain", "fedup", "negative-gradients"])
+def test_means_are_streamed_unless_somebody_needs_every_update(method, monkeypatch):
+    averaged = []
+    average = averaging.average
+
+    def spy(replies, previous, screen):
+        averaged.append("mean")
+        return average(replies, previous, screen)
+
+    monkeypatch.setattr(averaging, "average", spy)
+    scenario = load_scenario("demo", {"rounds": 2, "local-epochs": 1, "detector": "none"})
+    settings = scenario.settings.model_copy(
+        update={"method": method, "ready_methods": "retrain", "rate_limit": 1}
+    )
+    scenario = scenario.model_copy(update={"settings": settings})
+    task = load_task(settings.task_options())
+    model = initial_model(task, settings.seed)
+    wrapped = build_federation(settings, model)
+    grid = grid_of(scenario)
+    run_rounds(wrapped, grid, state_of(model), rounds=3, train_config=settings.to_record())
+    averaged.clear()
+    request = Request(Target.CLIENT, wrapped.directory.clients()[:1], "privacy", method="retrain")
+    wrapped.request(request)
+    run_rounds(
+        wrapped, grid, state_of(model), rounds=4, played=3, train_config=settings.to_record()
+    )
+    # Round 4, and rounds 1 to 4 again: what FedUP needs is the last of them alone.
+    assert len(averaged) == {"retrain": 5, "fedup": 3, "negative-gradients": 0}[method]
