@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +18,10 @@ from server.catalogue import Json
 from unlearning.errors import MissingNeedError, ParametersError, SecateurError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from server.offline import Case
-    from server.offline_methods import Method
+    from server.offline_settings import Method
     from strategies.archive import SavedModel
     from strategies.methods.interface import ServerLab, Unlearned
 
@@ -78,10 +81,11 @@ def unlearn(
     as_json: Json = False,
 ) -> None:
     """Take clients out of a saved model, on the server alone; no federation is needed."""
-    from server.offline import AnswerFiles, read_case, warnings_about  # noqa: PLC0415  torch
+    from server.answers import AnswerFiles  # noqa: PLC0415  torch
+    from server.offline import read_case, warnings_about  # noqa: PLC0415
     from server.offline_methods import choose  # noqa: PLC0415
     from server.settings import parse_overrides  # noqa: PLC0415
-    from strategies.archive import save_model  # noqa: PLC0415
+    from strategies.archive import TOTAL, WEIGHT, save_model  # noqa: PLC0415
     from unlearning.catalogue import METHODS, Need  # noqa: PLC0415
 
     started = time.perf_counter()
@@ -97,7 +101,9 @@ def unlearn(
         carrier = AnswerFiles(answers, chosen.enough, case.before.schema)
         unlearned = run(chosen, case, carrier)
         tell("writing")
-        save_model(out, unlearned.model)
+        # As ``before`` is: an order of layers that it does not tell is a guess, and stays one.
+        told = {k: v for k, v in case.before.metadata.items() if k not in (WEIGHT, TOTAL)}
+        save_model(out, unlearned.model, metadata=told)
     zeroed = {name: int(mask.sum()) for name, mask in unlearned.masks.items()}
     entry = METHODS[method]
     report = {
@@ -110,7 +116,7 @@ def unlearn(
         "guarantee": entry.guarantee,
         "safe_when_target_lies": entry.safe,
         "conflict_percentiles": dict(unlearned.percentiles),
-        "warnings": [*warnings_about(case), *unlearned.warnings],
+        "warnings": [*warnings_about(case, chosen.gap), *carrier.warnings, *unlearned.warnings],
     }
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -119,7 +125,7 @@ def unlearn(
 
 
 def run(method: "Method", case: "Case", carrier: Callable[..., Any]) -> "Unlearned":
-    """Carry a method out and check what it made.
+    """Carry a method out, check what it made, and return it in the precision of the files.
 
     Raises
     ------
@@ -128,18 +134,20 @@ def run(method: "Method", case: "Case", carrier: Callable[..., Any]) -> "Unlearn
         is one.
     """
     from server.offline import find_fault  # noqa: PLC0415
+    from strategies.archive import narrowed  # noqa: PLC0415
     from unlearning.parameters import check_alike, check_finite  # noqa: PLC0415
     from unlearning.plan import carry_out  # noqa: PLC0415
 
     try:
         unlearned = carry_out(method.plan(case), carrier)
-        check_alike(case.before.schema, unlearned.model)
-        check_finite(unlearned.model)
+        model = narrowed(unlearned.model, case.before.schema)
+        check_alike(case.before.schema, model)
+        check_finite(model)
     except ParametersError:
         case.tell("looking for the fault")
         find_fault(case)
         raise
-    return unlearned
+    return replace(unlearned, model=model)
 
 
 def check_out(
@@ -159,8 +167,10 @@ def check_out(
     """
     place = out.resolve()
     locals_, *rounds = (folder.resolve() if folder is not None else None for folder in folders)
-    if place.is_dir() or not place.parent.is_dir():
-        why = "is a folder" if place.is_dir() else f"cannot be written: no folder {out.parent}"
+    if not place.parent.is_dir() or (place.exists() and not place.is_file()):
+        why = "is a folder" if place.is_dir() else "is no file"
+        if not place.parent.is_dir():
+            why = f"cannot be written: no folder {out.parent}"
         raise SecateurError(f"--out {out} {why}; give a file in a folder that is there")
     if place in [path.resolve() for path in inputs if path is not None]:
         raise SecateurError(f"--out {out} is an input, and inputs are never written to")
@@ -177,7 +187,7 @@ def check_needs(
     name: str, method: "Method", history: Path | None, lab: "Callable[..., ServerLab] | None"
 ) -> None:
     """Raise ``MissingNeedError`` with all that has to be given for a method and is not."""
-    from server.offline_methods import OPTIONS  # noqa: PLC0415
+    from server.offline_settings import OPTIONS  # noqa: PLC0415
 
     lacking = {OPTIONS[need] for need in method.needs(name)}
     if history is not None:
@@ -199,23 +209,25 @@ def lab_of(
     TaskError, ParametersError
         There, if there is no such task or the data or the task's model do not fit.
     """
-    from client.task.protocol import TaskError, TaskOptions, load_task  # noqa: PLC0415
+    from client.task.protocol import TaskOptions, load_task  # noqa: PLC0415
     from server.federation import lab_for  # noqa: PLC0415  with Flower, slow to import
     from strategies.archive import SavedModel  # noqa: PLC0415
     from unlearning.parameters import check_alike, check_finite  # noqa: PLC0415
 
     def make(before: SavedModel) -> "ServerLab":
         found = load_task(TaskOptions(task=task, model=model))
-        network = found.build_model()
+        with _users_code(f"task {task} cannot build its model"):
+            network = found.build_model()
+            state = network.state_dict()
         try:
-            check_alike(before.schema, network.state_dict())
+            check_alike(before.schema, state)
         except ParametersError as error:
             raise ParametersError(
                 f"the model of task {task} does not fit {before.path}: {error}; choose another "
                 "with --model"
             ) from error
-        tensors = SavedModel(data)
-        if "inputs" not in tensors or not len(tensors["inputs"]):
+        tensors = SavedModel(data, wide=True)
+        if "inputs" not in tensors or not _rows(tensors["inputs"]):
             raise ParametersError(f"{data} holds no examples; they are its tensor 'inputs'")
         try:
             check_finite(tensors)
@@ -226,23 +238,38 @@ def lab_of(
         inputs, root = tensors["inputs"], None
         if "targets" in tensors:
             root = inputs, tensors["targets"]
-            if len(root[1]) != len(inputs):
+            if _rows(root[1]) != len(inputs):
                 raise ParametersError(
-                    f"{data} holds {len(inputs)} inputs and {len(root[1])} targets; it must hold "
+                    f"{data} holds {len(inputs)} inputs and {_rows(root[1])} targets; it must hold "
                     "as many of each"
                 )
         lab = lab_for(found, network, root, inputs)
-        try:
+        with _users_code(f"task {task} fails on the examples of {data}"):
             outputs = lab.forward(before, inputs[:1])
             if root is not None:
                 lab.loss(outputs, root[1][:1])
-        except Exception as error:  # the task is the user's own code
-            raise TaskError(
-                f"task {task} fails on the examples of {data}: {type(error).__name__}: {error}"
-            ) from error
+            if labelled:
+                lab.accuracy(before)
         return lab
 
     return make
+
+
+def _rows(tensor: "Tensor") -> int:
+    return len(tensor) if tensor.dim() else 0
+
+
+@contextmanager
+def _users_code(fails: str) -> Iterator[None]:
+    """Make any error of a task, which is the user's own code, one line."""
+    from client.task.protocol import TaskError  # noqa: PLC0415
+
+    try:
+        yield
+    except SecateurError:
+        raise
+    except Exception as error:
+        raise TaskError(f"{fails}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -279,7 +306,7 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
 def summary(report: Mapping[str, Any], size: int, out: Path) -> None:
     """Print a result for a person."""
     exact = report["guarantee"] == "exact"
-    console = Console()
+    console = Console(emoji=False)  # names of clients are nobody's to change
     console.print(
         f"[bold]{report['method']} forgot {escape(', '.join(report['forgotten']))}[/]; "
         f"{len(report['retained'])} of the last round stay",

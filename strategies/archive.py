@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -38,37 +38,58 @@ class SavedModel(Mapping[str, Tensor]):
     Tensors come in the order that the file's metadata tell; without any, as modules are usually
     numbered: ``2.weight`` before ``10.weight``.
 
+    Parameters
+    ----------
+    wide
+        Whether to hand over float16 and bfloat16 as float32, which holds both exactly. Sums of
+        many models in so few digits are wrong: a hundred ones average to 1.05.
+
     Raises
     ------
     ParametersError
         If the file cannot be read, or is none.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, wide: bool = False) -> None:
+        self.path, self.wide = path, wide
         try:
             with safe_open(path, framework="pt") as file:  # checks all that the header says
                 self.metadata: Mapping[str, str] = file.metadata() or {}
             places = _places(path)
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            if path.is_dir():
+                reason = "it is a folder"
             raise ParametersError(f"{path} cannot be read as safetensors: {reason}") from error
-        told = self.metadata.get(ORDER)
-        self._places = {name: places[name] for name in _ordered([*places], told)}
+        told = _order(self.metadata.get(ORDER), places)
+        self.order_told = told is not None
+        """Whether the order of the tensors is the file's own, and not a guess by their names."""
+        self._places = {name: places[name] for name in told or sorted(places, key=_natural)}
 
     @property
     def weight(self) -> float:
         """Return the client's weight in an average; 1 where the file does not say."""
-        text = self.metadata.get(WEIGHT, "1")
+        return self._number(WEIGHT) or 1.0
+
+    @property
+    def total(self) -> float | None:
+        """Return the weight of all who were averaged in the round that this model started."""
+        return self._number(TOTAL)
+
+    def _number(self, key: str) -> float | None:
+        """Return a number above 0 of the metadata, or ``None`` where the file does not say."""
+        text = self.metadata.get(key)
+        if text is None:
+            return None
         try:
-            weight = float(text)
+            number = float(text)
         except ValueError:
-            weight = -1.0
-        if not 0 < weight < float("inf"):
+            number = -1.0
+        if not 0 < number < float("inf"):
             raise ParametersError(
-                f"{self.path}: {WEIGHT} is {text!r}; it must be a number above 0, or be left out"
+                f"{self.path}: {key} is {text!r}; it must be a number above 0, or be left out"
             )
-        return weight
+        return number
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +98,7 @@ class SavedModel(Mapping[str, Tensor]):
 
     @property
     def schema(self) -> Parameters:
-        """Return tensors of the same names, shapes and dtypes, without content; reads nothing."""
+        """Return tensors of the file's names, shapes and dtypes, without content; reads nothing."""
         return {
             name: torch.empty(place.shape, dtype=place.dtype, device="meta")
             for name, place in self._places.items()
@@ -98,7 +119,8 @@ class SavedModel(Mapping[str, Tensor]):
             raise ParametersError(f"{self.path} cannot be read: {error.strerror}") from error
         if left:
             raise ParametersError(f"{self.path} became shorter while it was read; read it again")
-        return content.view(place.dtype).view(place.shape)
+        tensor = content.view(place.dtype).view(place.shape)
+        return tensor.float() if self.wide and place.dtype in HALVES else tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self._places  # a Mapping's own way is to read the tensor
@@ -123,6 +145,7 @@ DTYPES = {
     "F64": torch.float64,
 }
 """The format's name of a type -> PyTorch's, of those that models have."""
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,42 +177,59 @@ def _places(path: Path) -> dict[str, _Place]:
     return places
 
 
-def _ordered(names: Sequence[str], told: str | None) -> dict[str, None]:
-    if told is not None:
-        try:
-            order = json.loads(told)
-        except ValueError:
-            order = None
-        if isinstance(order, list) and set(order) == set(names):
-            return dict.fromkeys(order)
-    return dict.fromkeys(sorted(names, key=_natural))
+def _order(told: str | None, names: Collection[str]) -> list[str] | None:
+    """Return the order that metadata tell, or ``None`` if it is none of all these names."""
+    try:
+        order = json.loads(told or "")
+    except ValueError:
+        return None
+    texts = isinstance(order, list) and all(isinstance(name, str) for name in order)
+    return order if texts and set(order) == set(names) else None
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     parts = re.split(r"(\d+)", name)
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts if p]
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts if p]
+
+
+def narrowed(model: Parameters, like: Parameters) -> dict[str, Tensor]:
+    """Return a model that was read ``wide`` in the precision of ``like``, which was not."""
+    return {
+        name: tensor.to(like[name].dtype) if like[name].dtype in HALVES else tensor
+        for name, tensor in model.items()
+    }
 
 
 def save_model(
-    path: Path, model: Parameters, *, weight: float | None = None, total: float | None = None
+    path: Path,
+    model: Parameters,
+    *,
+    weight: float | None = None,
+    total: float | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model; the file appears complete or not at all.
+
+    Parameters
+    ----------
+    metadata
+        What else the file says; by default, the order of the tensors.
 
     Raises
     ------
     ParametersError
         If it cannot be written.
     """
-    metadata = {ORDER: json.dumps(list(model))}
+    told = dict(metadata) if metadata is not None else {ORDER: json.dumps(list(model))}
     for key, number in ((WEIGHT, weight), (TOTAL, total)):
         if number is not None:
-            metadata[key] = repr(float(number))
+            told[key] = repr(float(number))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
             staged = Path(file.name)
         try:
-            save_file(_apart(tensors), staged, metadata)
+            save_file(_apart(tensors), staged, told)
             os.replace(staged, path)
         except BaseException:
             staged.unlink(missing_ok=True)
@@ -222,7 +262,7 @@ def client_of(path: Path) -> str:
     return unquote(path.name.removesuffix(SUFFIX))
 
 
-def saved_clients(folder: Path) -> dict[str, SavedModel]:
+def saved_clients(folder: Path, *, wide: bool = False) -> dict[str, SavedModel]:
     """Return the models of a folder by client, sorted; ``global`` is none of them."""
     models: dict[str, SavedModel] = {}
     for path in sorted(folder.glob(f"[!.]*{SUFFIX}")):
@@ -233,29 +273,30 @@ def saved_clients(folder: Path) -> dict[str, SavedModel]:
             raise ParametersError(
                 f"{models[client].path} and {path} are both of client {client!r}; keep one"
             )
-        models[client] = SavedModel(path)
+        models[client] = SavedModel(path, wide=wide)
     return dict(sorted(models.items()))
 
 
 class Archive:
-    """Recorded rounds in a folder: a ``History`` that lives on disk."""
+    """Recorded rounds in a folder: a ``History`` that lives on disk; ``wide`` as its models are."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, wide: bool = False) -> None:
+        self.folder, self.wide = folder, wide
 
     @property
     def rounds(self) -> Sequence[int]:
         """Return the numbers of the rounds recorded, ascending."""
         found = (re.fullmatch(r"round-(\d+)", path.name) for path in self.folder.glob("round-*"))
-        return tuple(sorted(int(match[1]) for match in found if match))
+        numbers = {int(match[1]) for match in found if match}
+        return tuple(sorted(n for n in numbers if self._round(n).exists()))
 
     def start(self, number: int) -> SavedModel:
         """Return the model that a round started from."""
-        return SavedModel(self._round(number) / f"{GLOBAL}{SUFFIX}")
+        return SavedModel(self._round(number) / f"{GLOBAL}{SUFFIX}", wide=self.wide)
 
     def models(self, number: int) -> Mapping[str, SavedModel]:
         """Return the models that entered a round's aggregate, by client."""
-        return saved_clients(self._round(number))
+        return saved_clients(self._round(number), wide=self.wide)
 
     def weights(self, number: int) -> Mapping[str, float]:
         """Return each client's weight in the aggregate."""
@@ -263,8 +304,7 @@ class Archive:
 
     def total(self, number: int) -> float:
         """Return the weight of all who were in the aggregate, also of those deleted since."""
-        told = self.start(number).metadata.get(TOTAL)
-        return sum(self.weights(number).values()) if told is None else float(told)
+        return self.start(number).total or sum(self.weights(number).values())
 
     def record(
         self,

@@ -94,12 +94,15 @@ def updated_rows(
     """Yield some participants and their rows as ``updated`` has them, one after the other.
 
     For models and ledgers in files: the average and one row are held, however many clients there
-    are. Arguments and errors are those of ``updated``.
+    are, and nothing is read of a round in which none of ``clients`` took part. Arguments and errors
+    are those of ``updated``.
     """
     if not models or models.keys() != weights.keys():
         raise ParametersError(
             f"models of {sorted(models)} cannot be averaged with weights of {sorted(weights)}"
         )
+    if models.keys().isdisjoint(clients):
+        return
     everybody, total = sorted(models), sum(weights.values())
     average = weighted_mean([models[c] for c in everybody], [weights[c] for c in everybody])
     for client in everybody:

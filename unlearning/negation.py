@@ -44,10 +44,14 @@ def negate(model: Parameters, names: Collection[str]) -> dict[str, Tensor]:
     Raises
     ------
     ParametersError
-        If the model has no tensor of such a name.
+        If the model has no tensor of such a name, or it is no weight: counters and masks are not.
     """
     if unknown := sorted(set(names) - model.keys()):
         raise ParametersError(f"the model has no tensor {', '.join(unknown)}")
+    if others := sorted(name for name in set(names) if not model[name].is_floating_point()):
+        raise ParametersError(
+            f"{others[0]} is {model[others[0]].dtype}; only floating-point tensors can be negated"
+        )
     return {
         name: tensor.neg() if name in names else tensor.clone() for name, tensor in model.items()
     }

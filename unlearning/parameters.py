@@ -157,13 +157,13 @@ def byte_size(models: Iterable[Parameters]) -> int:
 def prunable_names(model: Parameters) -> tuple[str, ...]:
     """Return the weights of linear and convolutional layers, judged by name and shape alone.
 
-    Without a model class these are the tensors named ``*.weight`` with two or more dimensions, in
-    the model's order. Where the class is known its own layers are the better source.
+    Without a model class these are the floating-point tensors named ``*.weight`` with two or more
+    dimensions, in the model's order. Where the class is known its own layers are the better source.
     """
     return tuple(
         name
         for name, tensor in model.items()
-        if name.split(".")[-1] == "weight" and tensor.dim() >= 2
+        if name.split(".")[-1] == "weight" and tensor.dim() >= 2 and tensor.is_floating_point()
     )
 
 

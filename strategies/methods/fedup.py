@@ -85,12 +85,7 @@ class FedUP:
         )
         pruned = fedup.prune(situation.model, masks)
         percentiles = {c: share for event in events for c, share in event.percentiles.items()}
-        warnings += tuple(
-            f"likely_false_positive: {client} conflicts more than only {share:.0%} of the "
-            "retained clients"
-            for client, share in percentiles.items()
-            if share < fedup.FALSE_POSITIVE_PERCENTILE
-        )
+        warnings += false_positives(percentiles)
         return done(
             Unlearned(pruned, masks, settings, rate, percentiles=percentiles, warnings=warnings)
         )
@@ -106,18 +101,41 @@ class FedUP:
         last = situation.memory.last
         if last is None:
             raise NoLastRoundError("the adaptive rate needs the last round; set a fixed rate")
-        vectors = [last_layer(last.locals_[c], names) for c in situation.retained]
-        sim = fedup.similarity(vectors)
+        rate, sim, warnings = adaptive([last.locals_[c] for c in situation.retained], names)
         if sim is None:
-            return (
-                fedup.ADAPTIVE_MIN,
-                {"rate": fedup.ADAPTIVE_MIN, "rate_chosen": "adaptive"},
-                ("one retained client: similarity is undefined, the smallest rate was used",),
-            )
-        rate = fedup.adaptive_rate(sim)
+            return rate, {"rate": rate, "rate_chosen": "adaptive"}, warnings
         if sim >= ALIKE and all(entry.cause == "privacy" for entry in situation.pending):
             rate = BENIGN_RATE
-        return rate, {"rate": rate, "rate_chosen": "adaptive", "similarity": sim}, ()
+        return rate, {"rate": rate, "rate_chosen": "adaptive", "similarity": sim}, warnings
+
+
+def adaptive(
+    models: Sequence[Parameters], names: Sequence[str]
+) -> tuple[float, float | None, tuple[str, ...]]:
+    """Return the adaptive rate, the similarity that it follows from, and what to be warned of.
+
+    Parameters
+    ----------
+    models
+        Of the retained clients.
+    names
+        Prunable tensors, in forward order.
+    """
+    sim = fedup.similarity([last_layer(model, names) for model in models])
+    if sim is None:
+        warning = "one retained client: similarity is undefined, the smallest rate was used"
+        return fedup.ADAPTIVE_MIN, None, (warning,)
+    return fedup.adaptive_rate(sim), sim, ()
+
+
+def false_positives(percentiles: Mapping[str, float]) -> tuple[str, ...]:
+    """Return a warning for each client that conflicts little with those who stay."""
+    return tuple(
+        f"likely_false_positive: {client} conflicts more than only {share:.0%} of the retained "
+        "clients"
+        for client, share in percentiles.items()
+        if share < fedup.FALSE_POSITIVE_PERCENTILE
+    )
 
 
 def last_layer(model: Parameters, names: Sequence[str]) -> torch.Tensor:

@@ -3,8 +3,10 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from torch import Generator
+
 from strategies.memory import Memory
-from strategies.methods.interface import Situation, Unlearned, done, sums
+from strategies.methods.interface import ServerLab, Situation, Unlearned, done, sums
 from unlearning import distillation, fast, negative_gradients
 from unlearning.errors import MissingNeedError
 from unlearning.history import History
@@ -66,6 +68,35 @@ class FAST:
         lab = situation.lab
         if lab is None or lab.root is None:
             raise MissingNeedError("FAST needs labelled server data; set server-examples")
+        model, log = self.subtracted(
+            situation.model,
+            history_of(situation, self.name),
+            situation.forgotten,
+            lab,
+            generator(situation.seed, "repair", situation.number),
+        )
+        accepted = ", ".join(str(number) for number in log.accepted)
+        settings = {"rounds_subtracted": accepted}
+        return done(Unlearned(model, settings=settings, warnings=sums(situation, self.name)))
+
+    def subtracted(
+        self,
+        model: Parameters,
+        history: History,
+        forgotten: Collection[str],
+        lab: ServerLab,
+        draw: Generator,
+    ) -> tuple[Parameters, fast.Subtractions]:
+        """Return the model without what they sent, repaired, and what was done.
+
+        Parameters
+        ----------
+        lab
+            With labelled data.
+        draw
+            Draws the order of the examples.
+        """
+        assert lab.root is not None  # noqa: S101  whoever calls has looked
         inputs, targets = lab.root
 
         def repair(model: Parameters) -> Parameters:
@@ -78,19 +109,10 @@ class FAST:
                 epochs=self.epochs,
                 learning_rate=self.learning_rate,
                 batch_size=self.batch_size,
-                generator=generator(situation.seed, "repair", situation.number),
+                generator=draw,
             )
 
-        model, log = fast.fast(
-            situation.model,
-            history_of(situation, self.name),
-            frozenset(situation.forgotten),
-            lab.accuracy,
-            repair,
-        )
-        accepted = ", ".join(str(number) for number in log.accepted)
-        settings = {"rounds_subtracted": accepted}
-        return done(Unlearned(model, settings=settings, warnings=sums(situation, self.name)))
+        return fast.fast(model, history, frozenset(forgotten), lab.accuracy, repair)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,20 +133,38 @@ class Distillation:
         lab = situation.lab
         if lab is None or lab.unlabelled is None:
             raise MissingNeedError("KD unlearning needs server data; set server-examples")
-        model = distillation.kd_unlearn(
+        model = self.distilled(
             situation.model,
             history_of(situation, self.name),
-            frozenset(situation.forgotten),
+            situation.forgotten,
+            lab,
+            generator(situation.seed, "distillation", situation.number),
+        )
+        settings = {"epochs": self.epochs, "temperature": self.temperature}
+        return done(Unlearned(model, settings=settings, warnings=sums(situation, self.name)))
+
+    def distilled(
+        self,
+        model: Parameters,
+        history: History,
+        forgotten: Collection[str],
+        lab: ServerLab,
+        draw: Generator,
+    ) -> Parameters:
+        """Return the model without what they sent, taught by itself; arguments as ``FAST``'s."""
+        assert lab.unlabelled is not None  # noqa: S101  whoever calls has looked
+        return distillation.kd_unlearn(
+            model,
+            history,
+            frozenset(forgotten),
             lab.forward,
             lab.unlabelled,
             temperature=self.temperature,
             epochs=self.epochs,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
-            generator=generator(situation.seed, "distillation", situation.number),
+            generator=draw,
         )
-        settings = {"epochs": self.epochs, "temperature": self.temperature}
-        return done(Unlearned(model, settings=settings, warnings=sums(situation, self.name)))
 
 
 def history_of(situation: Situation, method: str) -> History:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from client.task.protocol import load_task
 from server.cli import main
 from server.offline_methods import METHODS_OF_FILES
 from strategies.archive import SavedModel, file_name
@@ -147,7 +149,8 @@ def here(_files, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "tests_offline_task", raising=False)
     (tmp_path / "tests_offline_task.py").write_text(TASK, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+    yield tmp_path
+    load_task.cache_clear()  # it knows the task by a name that the next test gives to another
 
 
 USUAL = ("--before", "before.safetensors", "--locals", "locals", "--out", "out.safetensors")
@@ -512,6 +515,29 @@ def test_answers_of_another_question_are_refused(here, capsys):
     assert (code, "holds another question" in err) == (1, True)
 
 
+def test_answers_that_are_there_before_their_question_are_refused(here, capsys):
+    place = here / "answers/ask-0001"
+    place.mkdir(parents=True)
+    for client in OTHERS:
+        save_file(trained(client, 1, PAST[3].start), place / file_name(client))
+    arguments = (*USUAL, *HISTORY, *ANSWERS, "--forget", "bob,eve")
+    code, _, err = call(capsys, "retrain", *arguments)
+    assert (code, "ask-0001 holds an answer of ann, cem, dee, fay g and no question" in err) == (
+        1,
+        True,
+    )
+    assert not (place / "ask.json").exists()
+    assert not (here / "answers/ask-0002").exists()
+
+
+def test_a_question_that_is_no_text_is_another_one(here, capsys):
+    arguments = (*USUAL, *HISTORY, *ANSWERS, "--forget", "bob,eve")
+    call(capsys, "retrain", *arguments)
+    (here / "answers/ask-0001/ask.json").write_bytes(b"\xff\xfe")
+    code, _, err = call(capsys, "retrain", *arguments)
+    assert (code, "ask-0001 holds another question" in err) == (1, True)
+
+
 BAD_ANSWERS = {
     "of the forgotten": (("bob", lambda m: m), "bob.safetensors is of a client that was not asked"),
     "of a stranger": (("zoe", lambda m: m), "zoe.safetensors is of a client that was not asked"),
@@ -566,6 +592,13 @@ def empty(folder):
         path.unlink()
 
 
+def retask(part, other):
+    """Change the task, which is the user's own code."""
+    path = Path("tests_offline_task.py")
+    path.write_text(path.read_text(encoding="utf-8").replace(part, other), encoding="utf-8")
+    load_task.cache_clear()
+
+
 def flatten_all():
     for path in [Path("before.safetensors"), *Path("locals").iterdir()]:
         rewrite(
@@ -603,6 +636,7 @@ BAD = {
     "order": ([*FEDUP, "--set", "order=first.weight,no.such"], 1, "order names 'no.such', and the model has no such tensor of"),
     "order of counters": ([*FEDUP, "--set", "order=norm.num_batches_tracked"], 1, "order names 'norm.num_batches_tracked'"),
     "layers": (["not", "--set", "layers=no.such"], 1, "the model has no tensor no.such"),
+    "layers of counters": (["not", "--set", "layers=norm.num_batches_tracked"], 1, "norm.num_batches_tracked is torch.int64; only floating-point tensors can be negated"),
     "no history": (["drift"], 1, "drift needs more than the last round: give --history DIR"),
     "no data": (["fast", *HISTORY], 1, "give --data FILE with inputs and targets, and --task NAME"),
     "no task": (["kd", *HISTORY, "--data", "data.safetensors"], 1, "give --data FILE with inputs, and --task NAME"),
@@ -616,10 +650,13 @@ BAD = {
     "out is a folder": ([*FEDUP, "--out", "locals"], 1, "--out locals is a folder"),
     "no folder for out": ([*FEDUP, "--out", "no/such/m.safetensors"], 1, "no folder no/such; give a file in a folder that is there"),
     "out is an input": ([*FEDUP, "--force", "--out", "before.safetensors"], 1, "is an input, and inputs are never written to"),
+    "out is no file": ([*FEDUP, "--force", "--out", "pipe"], 1, "--out pipe is no file; give a file in a folder", lambda: os.mkfifo("pipe")),
     "out is a client": ([*FEDUP, "--force", "--out", "locals/ann.safetensors"], 1, "lies among the clients' models"),
     "out is in the history": (["drift", *HISTORY, "--out", "history/round-0001/x.safetensors"], 1, "lies among the clients' models"),
     # what the files hold
     "no before": ([*FEDUP, "--before", "gone.safetensors"], 1, "gone.safetensors cannot be read as safetensors: No such file"),
+    "before is a folder": ([*FEDUP, "--before", "locals"], 1, "locals cannot be read as safetensors: it is a folder"),
+    "no weights": (["natural"], 1, "before.safetensors holds no weights, which are floating-point tensors", lambda: rewrite("before.safetensors", lambda m: {"first.weight": m["first.weight"].to(torch.int8)})),
     "before is a client": ([*FEDUP, "--before", "locals/ann.safetensors"], 1, "locals/ann.safetensors lies among the clients' models and would be"),
     "no locals": ([*FEDUP, "--locals", "gone"], 1, "there is no folder gone with clients' models"),
     "locals is a file": ([*FEDUP, "--locals", "data.safetensors"], 1, "there is no folder data.safetensors"),
@@ -643,6 +680,11 @@ BAD = {
     "empty history": (["drift", "--history", "locals"], 1, "locals holds no round; it must hold round-0001/global.safetensors"),
     "no start": (["drift", *HISTORY], 1, "round-0002/global.safetensors cannot be read as safetensors: No such file", lambda: Path("history/round-0002/global.safetensors").unlink()),
     "empty round": (["drift", *HISTORY], 1, "history/round-0002 holds no client's model", lambda: [p.unlink() for p in Path("history/round-0002").glob("[!g]*")]),
+    "round of another name": (["drift", *HISTORY], 1, "history/round-1 is not the name of a round: they are round-0001", lambda: shutil.copytree("history/round-0001", "history/round-1")),
+    "round 0": (["drift", *HISTORY], 1, "history/round-0000 is not the name of a round", lambda: Path("history/round-0001").rename("history/round-0000")),
+    "total of a round": (["negative-gradients", *HISTORY], 1, "round-0001/global.safetensors: total_examples is 'all'; it must be a number above 0", lambda: rewrite("history/round-0001/global.safetensors", dict, total_examples="all")),
+    "no total of a round": (["negative-gradients", *HISTORY], 1, "total_examples is '0'; it must be a number above 0", lambda: rewrite("history/round-0002/global.safetensors", dict, total_examples="0")),
+    "locals of an earlier round": (["drift", *HISTORY, "--before", "history/round-0002/global.safetensors", "--locals", "history/round-0002"], 1, "round 2 started from history/round-0002/global.safetensors, and history goes on to round 3"),
     "history of another model": (["drift", *HISTORY], 1, "history/round-0001/ann.safetensors does not fit before.safetensors", lambda: rewrite("history/round-0001/ann.safetensors", lambda m: {"w": torch.zeros(1)})),
     "NaN in history": (["drift", *HISTORY], 1, "history/round-0001/ann.safetensors: tensor last.bias holds", lambda: rewrite("history/round-0001/ann.safetensors", spoil("last.bias", math.nan))),
     "NaN subtracted": (["negative-gradients", *HISTORY], 1, "history/round-0001/bob.safetensors: tensor last.bias holds", lambda: rewrite("history/round-0001/bob.safetensors", spoil("last.bias", math.nan))),
@@ -654,6 +696,10 @@ BAD = {
     "no data file": (["kd", *HISTORY, "--data", "gone.safetensors", *DATA[2:]], 1, "gone.safetensors cannot be read as safetensors"),
     "data without inputs": (["kd", *HISTORY, *DATA], 1, "data.safetensors holds no examples; they are its tensor 'inputs'", lambda: rewrite("data.safetensors", lambda d: {"x": d["inputs"]})),
     "data without examples": (["kd", *HISTORY, *DATA], 1, "data.safetensors holds no examples", lambda: rewrite("data.safetensors", lambda d: {"inputs": d["inputs"][:0].clone()})),
+    "one input": (["kd", *HISTORY, *DATA], 1, "data.safetensors holds no examples", lambda: rewrite("data.safetensors", lambda d: {"inputs": torch.tensor(1.0)})),
+    "one target": (["fast", *HISTORY, *DATA], 1, "data.safetensors holds 20 inputs and 0 targets", lambda: rewrite("data.safetensors", lambda d: d | {"targets": torch.tensor(1)})),
+    "task without a model": (["kd", *HISTORY, *DATA], 1, "task tests_offline_task:make cannot build its model: NameError", lambda: retask("build_model = Net", "build_model = staticmethod(lambda: nothing)")),
+    "task without metrics": (["fast", *HISTORY, *DATA], 1, "task tests_offline_task:make fails on the examples of data.safetensors: KeyError", lambda: retask("float((", "{}['no'] + float((")),
     "data without targets": (["fast", *HISTORY, *DATA], 1, "data.safetensors holds no labels; they are its tensor 'targets'", lambda: rewrite("data.safetensors", lambda d: {"inputs": d["inputs"]})),
     "fewer targets": (["fast", *HISTORY, *DATA], 1, "data.safetensors holds 20 inputs and 5 targets", lambda: rewrite("data.safetensors", lambda d: d | {"targets": d["targets"][:5].clone()})),
     "data of another shape": (["kd", *HISTORY, *DATA], 1, "task tests_offline_task:make fails on the examples of data.safetensors: RuntimeError", lambda: rewrite("data.safetensors", lambda d: {"inputs": torch.zeros(4, 5)})),
@@ -730,6 +776,19 @@ def test_files_without_any_weight_count_the_same(here, capsys):
     assert same(model, mean([LOCALS[client] for client in OTHERS]))
 
 
+def test_answers_without_a_weight_among_others_with_one(here, capsys):
+    call(capsys, "verifi", *USUAL, *ANSWERS, "--forget", "bob,eve", "--set", "rounds=2")
+    place = here / "answers/ask-0001"
+    start = load_file(place / "global.safetensors")
+    for client in OTHERS:
+        told = None if client == "dee" else {"num_examples": "5"}
+        save_file(trained(client, 2, start), place / file_name(client), told)
+    report, _ = unlearn(capsys, "verifi", *ANSWERS, "--set", "rounds=2")
+    assert report["warnings"] == [
+        "ask 1: no num_examples in the files of dee: counted as 1 there",
+    ]
+
+
 def test_one_client_that_stays(here, capsys):
     for client in ("ann", "cem", "dee", "fay g"):
         (here / "locals" / file_name(client)).unlink()
@@ -758,6 +817,40 @@ def test_an_order_of_layers_that_is_a_guess(here, capsys):
     report, _ = unlearn(capsys, "not", "--force")
     assert report["warnings"] == []
     assert report["settings"]["layers"] == ["fc1.weight", "fc1.bias"]
+
+
+@pytest.mark.parametrize("order", ['[["first.weight"]]', '["last.weight"]', "first, last"])
+def test_an_order_that_is_none_is_a_guess_like_any_other(order, here, capsys):
+    rewrite("before.safetensors", dict, order=order)
+    report, _ = unlearn(capsys, "not")
+    doubt = "first.weight was taken for the first layer, by its name; see --set order=A,B"
+    assert report["warnings"] == [doubt]
+
+
+def test_a_result_tells_what_the_model_before_told_and_no_order_of_its_own(here, capsys):
+    told = {"format": "pt", "num_examples": "7", "total_examples": "9"}
+    save_file(BEFORE, here / "before.safetensors", told)
+    unlearn(capsys, "natural")
+    assert dict(SavedModel(here / "out.safetensors").metadata) == {"format": "pt"}
+    before = ("--before", "out.safetensors", "--out", "next.safetensors")
+    code, out, _ = call(
+        capsys, "not", "--locals", "locals", *before, "--forget", "bob,eve", "--json"
+    )
+    assert code == 0
+    assert "first.weight was taken for the first layer" in json.loads(out)["warnings"][0]
+
+
+def test_names_are_printed_as_they_are(here, capsys):
+    client = ":smile:[red]"
+    (here / "locals/bob.safetensors").rename(here / "locals" / f"{client}.safetensors")
+    _, out, _ = call(capsys, "natural", *USUAL, "--forget", client)
+    assert f"natural forgot {client}; 5 of the last round stay" in out
+
+
+def test_tensors_with_odd_names_are_put_in_an_order(here, capsys):
+    for path in [here / "before.safetensors", *(here / "locals").iterdir()]:
+        save_file(load_file(path) | {"\u00b2.1\u00b2": torch.ones(2)}, path)
+    assert torch.equal(unlearn(capsys, "natural")[1]["\u00b2.1\u00b2"], torch.ones(2))
 
 
 def test_clients_that_agree_have_nothing_zeroed(here, capsys):
@@ -804,6 +897,105 @@ def test_a_history_that_ends_before_the_last_round_is_subtracted_whole(here, cap
     (here / "out.safetensors").unlink()
     report, _, questions = by_files(capsys, here, "retrain", *HISTORY, *ANSWERS)
     assert [q["round"] for q in questions] == [1, 2, 3]  # the round of the locals is the third
+
+
+def test_a_round_that_is_not_recorded_means_nothing_to_who_plays_it_again(here, capsys):
+    shutil.rmtree(here / "history/round-0002")
+    report, model, questions = by_files(capsys, here, "retrain", *HISTORY, *ANSWERS)
+    assert report["warnings"] == []
+    assert [q["round"] for q in questions] == [1, 2, 3]
+    assert same(model, carry_out(ASKING["retrain"](), answer))
+    shutil.rmtree(here / "answers")
+    (here / "out.safetensors").unlink()
+    report, _, _ = by_files(capsys, here, "fedrecover", *HISTORY, *ANSWERS)
+    assert report["warnings"] == ["round 2 not recorded: it is not played again"]
+
+
+@pytest.mark.parametrize("name", ["drift", "federaser", "fedrecover"])
+def test_the_round_of_the_locals_counts_whether_or_not_it_is_recorded(name, here, capsys):
+    arguments = (*HISTORY, *ANSWERS) if name in ASKING else HISTORY
+    _, expected, _ = by_files(capsys, here, name, *arguments)
+    (here / "out.safetensors").unlink()
+    shutil.rmtree(here / "answers", ignore_errors=True)
+    shutil.rmtree(here / "history/round-0003")
+    report, model, _ = by_files(capsys, here, name, *arguments)
+    assert same(model, expected)
+    assert report["warnings"] == ["the round of the locals is not recorded: it counts as 3"]
+
+
+# ---------------------------------------------------------------- names of clients
+def test_a_client_is_named_as_its_file_is(here, capsys):
+    (here / "locals/bob.safetensors").rename(here / "locals/bob, jr%2E.safetensors")
+    report, model = unlearn(capsys, "natural", forget="bob%2C jr%2E,eve")
+    assert report["forgotten"] == ["bob, jr.", "eve"]
+    assert same(model, RETAINED)
+
+
+def test_a_client_with_percents_in_its_name_is_found(here, capsys):
+    (here / "locals/bob.safetensors").rename(here / "locals/100%2541.safetensors")
+    assert unlearn(capsys, "natural", forget="100%41")[0]["forgotten"] == ["100%41"]
+    assert unlearn(capsys, "natural", "--force", forget="100%2541")[0]["forgotten"] == ["100%41"]
+
+
+def test_a_client_may_have_a_name_as_long_as_a_file_can(here, capsys):
+    _, expected = unlearn(capsys, "drift", *HISTORY)
+    for path in here.rglob("bob.safetensors"):
+        path.rename(path.with_name("\u00e4" * 120 + ".safetensors"))  # 240 bytes of 255
+    _, model = unlearn(capsys, "drift", *HISTORY, "--force", forget="\u00e4" * 120 + ",eve")
+    # The same sum in another order.
+    for name, tensor in expected.items():
+        torch.testing.assert_close(model[name], tensor)
+
+
+# ---------------------------------------------------------------- half precision
+WITHOUT_DATA = [kind for kind, (arguments, _) in SERVER_ONLY.items() if "--data" not in arguments]
+
+
+def recast(here, dtype):
+    """Store every model of the folder in another precision, buffers of integers as they are."""
+    for path in here.rglob("*.safetensors"):
+        if path.name not in ("data.safetensors", "out.safetensors"):
+            rewrite(
+                path,
+                lambda m: {n: t.to(dtype) if t.is_floating_point() else t for n, t in m.items()},
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", WITHOUT_DATA)
+def test_half_precision_is_computed_in_single_and_rounded_once(kind, dtype, here, capsys):
+    recast(here, dtype)
+    report, half = unlearn(capsys, *SERVER_ONLY[kind][0])
+    recast(here, torch.float32)  # holds the same numbers
+    expected, single = unlearn(capsys, *SERVER_ONLY[kind][0], "--force")
+    rounded = {n: t.to(dtype) if t.is_floating_point() else t for n, t in single.items()}
+    assert same(half, rounded)
+    assert report["zeroed"] == expected["zeroed"]
+
+
+def test_a_hundred_ones_in_half_precision_average_to_one(here, capsys):
+    shutil.rmtree(here / "locals")
+    (here / "locals").mkdir()
+    ones = {"a.weight": torch.ones(2, 2, dtype=torch.bfloat16)}
+    save_file(ones, here / "before.safetensors")
+    for number in range(101):
+        save_file(ones, here / f"locals/{number}.safetensors")
+    assert same(unlearn(capsys, "natural", forget="0")[1], ones)
+
+
+def test_clients_are_asked_in_the_precision_of_their_models(here, capsys):
+    recast(here, torch.bfloat16)
+    arguments = ("federaser", *USUAL, *HISTORY, *ANSWERS, "--forget", "bob,eve")
+    code, _, err = call(capsys, *arguments)
+    assert (code, "waiting for" in err) == (1, True)
+    place = here / "answers/ask-0001"
+    start = load_file(place / "global.safetensors")
+    assert start["first.weight"].dtype == torch.bfloat16
+    for client in OTHERS:
+        sent = {n: t.to(start[n].dtype) for n, t in trained(client, 3, start).items()}
+        save_file(sent, place / file_name(client))
+    assert call(capsys, *arguments)[0] == 0
+    assert load_file("out.safetensors")["first.weight"].dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------- at first hand

@@ -257,6 +257,13 @@ def test_each_tensor_sent_is_read_once():
     assert [sent.reads for sent in counted.values()] == [len(TRAINED)] * 5
 
 
+def test_nothing_is_read_of_a_round_without_them():
+    models, weights = rounds(3, count=1)[0]
+    counted = {client: CountedModel(sent) for client, sent in models.items()}
+    assert list(drift.updated_rows({}, counted, weights, 1.0, {"nobody"})) == []
+    assert [sent.reads for sent in counted.values()] == [0] * 5
+
+
 @pytest.mark.parametrize("memory", [1.0, 0.6])
 def test_rows_built_client_by_client_are_those_of_the_ledger(memory):
     past = rounds(5)

@@ -70,3 +70,10 @@ def test_a_model_without_layers_and_a_name_it_lacks_are_refused():
         first_layer({"scale": torch.ones(1)}, ())
     with pytest.raises(ParametersError, match="no tensor a, b"):
         negate({"scale": torch.ones(1)}, ("b", "a", "scale"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_what_is_no_weight_is_not_negated(dtype):
+    model = {"scale": torch.ones(1), "mask": torch.ones(1, dtype=dtype)}
+    with pytest.raises(ParametersError, match=f"mask is {dtype}; only floating-point tensors"):
+        negate(model, ("mask",))

@@ -119,6 +119,17 @@ def test_top_mask_equals_a_stable_sort(scores, data):
     assert torch.equal(p.top_mask(scores, count), expected)
 
 
+def test_prunable_are_weights_of_two_dimensions_and_more_that_hold_numbers_with_a_point():
+    model = {
+        "conv.weight": torch.ones(2, 2, 1, 1),
+        "norm.weight": torch.ones(2),
+        "fc.bias": torch.ones(2, 2),
+        "packed.weight": torch.ones(2, 2, dtype=torch.int8),
+        "fc.weight": torch.ones(2, 2, dtype=torch.bfloat16),
+    }
+    assert p.prunable_names(model) == ("conv.weight", "fc.weight")
+
+
 def test_top_mask_refuses_scores_that_are_not_finite():
     with pytest.raises(ParametersError):
         p.top_mask(torch.tensor([1.0, math.nan]), 1)
