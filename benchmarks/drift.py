@@ -78,6 +78,8 @@ def outcome(found: dict[str, Any]) -> dict[str, Any]:
                 "accuracy_at_end": row["end_test_accuracy"],
                 "attack_at_end": row[f"end_{attack}"],
                 "rounds_needed": row["rounds_needed"],
+                "rounds_asked": row["rounds_asked"],
+                "memory_bytes": row["memory_bytes"],
             }
             for name, row in rows.items()
         },
@@ -126,7 +128,25 @@ def page(cells: dict[str, dict[str, Any]], seeds: int) -> str:
         f"in {len(both)}.",
         "",
     ]
+    for name in (name for name in MORE if name in cells):
+        lines += [f"## {name}: FedUP beside others", "", *_beside(cells[name]), ""]
     return "\n".join(lines)
+
+
+def _beside(cell: dict[str, Any]) -> list[str]:
+    """Return a table of what methods cost and leave."""
+    lines = [
+        "| method | after recovery | rounds of its own | of recovery | megabytes stored |",
+        "|---|---|---|---|---|",
+    ]
+    for method, row in cell["methods"].items():
+        if method == "retrain":
+            continue
+        lines.append(
+            f"| {method} | {_pair(row, 'accuracy', 'attack')} | {_rounds(row['rounds_asked'])} | "
+            f"{_rounds(row['recovery_rounds'])} | {row['memory_bytes'] / 1e6:.2f} |"
+        )
+    return lines
 
 
 def _rounds_of(cell: dict[str, Any], method: str) -> float:
