@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import FedAdam, FedAvgM
+from flwr.serverapp.strategy import FedAdam
 
 from strategies import messages
-from strategies.detectors.fldetector import FLDetector
-from strategies.erasure import SCOPE
 from strategies.forgetting import needs_of
 from strategies.memory import Memory
 from strategies.methods.catalogue import MAKE
@@ -22,7 +20,6 @@ from tests.strategies.small import (
     GONE,
     MODEL,
     client,
-    everything,
     federation,
     forgotten_by,
     late,
@@ -224,38 +221,6 @@ def test_the_tutorial_wraps_a_strategy_that_then_forgets(scripted_grid):
 
 
 # ---------------------------------------------------------------- erasure scope
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_nothing_of_a_forgotten_client_is_left_anywhere(on_disk, scripted_grid, tmp_path):
-    grid = scripted_grid(late({3: 2, 5: 3}), 7)
-    wrapped = federation(
-        "fedup",
-        strategy=FedAvgM(server_momentum=0.5, fraction_evaluate=0.0),
-        others=everything(),
-        detector=FLDetector(),
-        memory=Memory(needs_of(everything()), folder=tmp_path if on_disk else None),
-    )
-    _, models = play(wrapped, grid, 4)
-    looked = {place.name: place.holds for place in SCOPE if place.holds is not None}
-    before = {name for name, holds in looked.items() if holds(wrapped, GONE[0])}
-    # Nobody waits yet and no plan runs; all other places hold something that must go.
-    assert before == looked.keys() - {"waiting list", "journal"}
-    wrapped.forget(GONE, "malicious")
-    assert looked["waiting list"](wrapped, GONE[0])
-    play(wrapped, grid, 4, played=4, model=models[-1])
-    for name in GONE:
-        assert [place for place, holds in looked.items() if holds(wrapped, name)] == []
-    assert looked["last round"](wrapped, client(1))
-    assert looked["history"](wrapped, client(1))
-
-
-def test_every_fate_is_explained():
-    assert len({place.name for place in SCOPE}) == len(SCOPE)
-    for place in SCOPE:
-        assert place.how.endswith(".")
-        if place.fate in ("reset", "purged"):
-            assert place.holds is not None or place.name == "clients' state"
-
-
 def test_clients_are_told_to_clear_what_they_kept(scripted_grid):
     grid = scripted_grid(learning(), 7)
     send, told = grid.send_and_receive, []
