@@ -146,7 +146,11 @@ def route(request: Request, available: Available) -> Route:
         else:
             return Route(name, tuple(passed))
     if first is None:
-        raise ImpossibleRequestError(f"nothing here forgets {request.target}")
+        exactly = f" exactly ({_list(EXACT, 'or')})" if request.promise == "exact" else ""
+        raise ImpossibleRequestError(
+            f"no method that forgets a {request.target}{exactly} was made ready; add one to the "
+            f"methods{_nearest(request, available)}"
+        )
     raise type(first)(f"{first}{_nearest(request, available)}") from first
 
 
