@@ -36,6 +36,14 @@ from unlearning.negative_gradients import delta
 from unlearning.parameters import weighted_mean
 
 ALL = [*METHODS]
+ASKS = {
+    "retrain": 5,
+    "rollback": 5,
+    "verifi": 2,
+    "federaser": 2,  # rounds 1, 3 and 5, of which the first needs nobody
+    "fedrecover": 5,  # T_w = max(s + 1, 5 // 10) = 3 first rounds and T_f = 2 last ones
+}
+"""How often each method asks clients after five rounds."""
 
 
 # ---------------------------------------------------------------- all of them
@@ -66,9 +74,26 @@ def test_every_method_forgets_through_the_wrapper(name, scripted_grid):
     size = sum(t.nelement() * t.element_size() for t in MODEL.values())
     assert (done.bytes_sent > 0) == (done.rounds_asked > 0)
     assert done.bytes_sent <= 2 * size * 5 * done.rounds_asked
-    assert done.rounds_asked == {"retrain": 5, "rollback": 5, "verifi": 2, "federaser": 2}.get(
-        name, done.rounds_asked if name == "fedrecover" else 0
-    )
+    assert done.rounds_asked == ASKS.get(name, 0)
+
+
+def test_fedrecover_asks_as_often_as_its_schedule_says(scripted_grid):
+    # Of nine rounds T_w = max(s + 1, 9 // 10) = 3 first ones, T_f = 2 last ones, and of those
+    # between, every T_c = max(2, 9 // 8) = 2nd: rounds 1, 2, 3, 5, 7, 8 and 9. In the others clients
+    # did not move, wherever they were, and so no estimate is abnormal.
+    asked = []
+
+    def reply(partition, number, model):
+        asked.append((partition, number))
+        step = 0.0 if number in (4, 6) else 0.01 * (partition + 1) * number
+        moved = {n: t + step if t.is_floating_point() else t for n, t in model.items()}
+        return messages.train_reply(moved, {}, 10)
+
+    _, records, _ = forgotten_by("fedrecover", scripted_grid(reply, 7), before=8)
+    assert records[0].unlearning.rounds_asked == 7
+    staying = 5
+    live, recovery = 8 * 7 + staying, 2 * staying
+    assert [number for _, number in asked[live:-recovery:staying]] == [1, 2, 3, 5, 7, 8, 9]
 
 
 @pytest.mark.parametrize("name", ALL)
