@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearning import routing
@@ -445,6 +445,7 @@ STATES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(REQUESTS, STATES)
 def test_no_request_is_served_by_what_must_not_serve_it(request, available):
     try:
@@ -490,6 +491,7 @@ def ascent(*, safe):
         yield
 
 
+@settings(deadline=None)
 @given(REQUESTS, STATES, st.booleans(), st.booleans())
 def test_attackers_never_reach_what_they_compute_in_and_leavers_who_help_do(
     request, available, safe, by_name
