@@ -4,6 +4,7 @@ The one list of it. ``holds`` looks whether anything of a client is there, so th
 the list after an unlearning; places that cannot be looked into say why.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -91,7 +92,7 @@ SCOPE = (
         "purged",
         "All from after the client first took part are deleted.",
         lambda federation, client: any(
-            number >= federation.memory.first_rounds.get(client, 0)
+            number >= federation.memory.first_rounds.get(client, math.inf)
             for number in federation.memory.checkpoints
         ),
     ),

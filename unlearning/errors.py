@@ -3,6 +3,7 @@
 SecateurError                   one line: the rule, the value, the remedy
 ├── RefusedRequestError         a request that is not served; nothing was touched
 │   ├── BenignMajorityError     too many clients are to be forgotten at once
+│   ├── TooFewClientsError      too few would be left for a round
 │   ├── MissingNeedError        a method needs what was not recorded or is not at hand
 │   │   └── NoLastRoundError    ... a round that was not remembered
 │   ├── UnsafeMethodError       a method trusts clients that must not be trusted
@@ -26,6 +27,10 @@ class RefusedRequestError(SecateurError):
 
 class BenignMajorityError(RefusedRequestError):
     """Half or more of the participants are to be forgotten; nobody honest is left to compare to."""
+
+
+class TooFewClientsError(RefusedRequestError):
+    """Fewer clients would be left than a round waits for."""
 
 
 class MissingNeedError(RefusedRequestError):

@@ -18,6 +18,7 @@ from unlearning.errors import (
     NoExactMethodError,
     NoLastRoundError,
     RefusedRequestError,
+    TooFewClientsError,
     UnsafeMethodError,
 )
 from unlearning.fedup import check_majority
@@ -146,7 +147,11 @@ def route(request: Request, available: Available) -> Route:
         else:
             return Route(name, tuple(passed))
     if first is None:
-        raise ImpossibleRequestError(f"nothing here forgets {request.target}")
+        exactly = f" exactly ({_list(EXACT, 'or')})" if request.promise == "exact" else ""
+        raise ImpossibleRequestError(
+            f"no method that forgets a {request.target}{exactly} was made ready; add one to the "
+            f"methods{_nearest(request, available)}"
+        )
     raise type(first)(f"{first}{_nearest(request, available)}") from first
 
 
@@ -233,7 +238,7 @@ def _check(name: str, request: Request, available: Available) -> None:
             )
     staying = available.participants - len(request.clients)
     if Need.RETAINED in entry.needs and 0 < staying < available.fewest:
-        raise BenignMajorityError(
+        raise TooFewClientsError(
             f"{staying} of {available.participants} clients would stay, and a round waits for "
             f"{available.fewest}: lower min_available_nodes and min_train_nodes of the strategy, "
             "or wait until more clients have joined"

@@ -133,6 +133,8 @@ def test_checkpoints_are_from_before_a_client_joined(tmp_path, where):
     assert list(memory.checkpoints) == [2]  # round 2 was before d
     memory.remember(played(4, a=1, e=1), ["a", "e"])
     assert sorted(memory.checkpoints) == [2, 3]
+    assert memory.checkpoint({"e"})[0] == 3  # the latest that will do
+    assert memory.checkpoint({"d", "e"})[0] == 2
     memory.forget({"d"})
     assert memory.checkpoint({"e"})[0] == 2  # that of round 3 is from after d took part
 
@@ -168,6 +170,23 @@ def test_rounds_that_were_undone_are_dropped(tmp_path, where, caplog):
     memory.rewind(0)  # from here on everything is written anew
     memory.remember(played(1, b=1, d=2), ["b", "d"])
     assert memory.available() == {*EVERYTHING}
+
+
+def test_what_is_told_of_the_last_round_that_stays_is_kept(tmp_path, where):
+    memory = filled(tmp_path, where)
+    memory.remember(played(4, b=3, d=1), ["b", "d"])
+    # a took part in round 3 for the last time, b and d in round 4; e joins in round 5.
+    memory.remember(played(5, b=1, e=1), ["b", "e"])
+    assert memory.last_rounds == {"a": 3, "b": 5, "d": 4, "e": 5}
+    shares = dict(memory.shares)
+    assert shares == pytest.approx({"a": 1 / 6, "b": 1 / 3, "d": 2 / 3, "e": 2 / 3})
+    memory.rewind(4)
+    assert memory.last_rounds == {"a": 3, "d": 4}
+    assert memory.first_rounds == {"a": 1, "b": 1, "d": 3}
+    assert memory.shares == {"a": shares["a"], "d": shares["d"]}
+    assert list(memory.history.rounds) == [1, 2, 3, 4]
+    assert list(memory.checkpoints) == [2, 4]  # that of round 4 is from before e
+    assert same(memory.checkpoints[4], model(4))
 
 
 def test_what_is_large_is_kept_on_disk(monkeypatch):

@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import FedAdam, FedAvgM
+from flwr.serverapp.strategy import FedAdam
 
 from strategies import messages
-from strategies.detectors.fldetector import FLDetector
-from strategies.erasure import SCOPE
 from strategies.forgetting import needs_of
 from strategies.memory import Memory
 from strategies.methods.catalogue import MAKE
@@ -22,7 +20,6 @@ from tests.strategies.small import (
     GONE,
     MODEL,
     client,
-    everything,
     federation,
     forgotten_by,
     late,
@@ -39,6 +36,14 @@ from unlearning.negative_gradients import delta
 from unlearning.parameters import weighted_mean
 
 ALL = [*METHODS]
+ASKS = {
+    "retrain": 5,
+    "rollback": 5,
+    "verifi": 2,
+    "federaser": 2,  # rounds 1, 3 and 5, of which the first needs nobody
+    "fedrecover": 5,  # T_w = max(s + 1, 5 // 10) = 3 first rounds and T_f = 2 last ones
+}
+"""How often each method asks clients after five rounds."""
 
 
 # ---------------------------------------------------------------- all of them
@@ -69,9 +74,26 @@ def test_every_method_forgets_through_the_wrapper(name, scripted_grid):
     size = sum(t.nelement() * t.element_size() for t in MODEL.values())
     assert (done.bytes_sent > 0) == (done.rounds_asked > 0)
     assert done.bytes_sent <= 2 * size * 5 * done.rounds_asked
-    assert done.rounds_asked == {"retrain": 5, "rollback": 5, "verifi": 2, "federaser": 2}.get(
-        name, done.rounds_asked if name == "fedrecover" else 0
-    )
+    assert done.rounds_asked == ASKS.get(name, 0)
+
+
+def test_fedrecover_asks_as_often_as_its_schedule_says(scripted_grid):
+    # Of nine rounds T_w = max(s + 1, 9 // 10) = 3 first ones, T_f = 2 last ones, and of those
+    # between, every T_c = max(2, 9 // 8) = 2nd: rounds 1, 2, 3, 5, 7, 8 and 9. In the others clients
+    # did not move, wherever they were, and so no estimate is abnormal.
+    asked = []
+
+    def reply(partition, number, model):
+        asked.append((partition, number))
+        step = 0.0 if number in (4, 6) else 0.01 * (partition + 1) * number
+        moved = {n: t + step if t.is_floating_point() else t for n, t in model.items()}
+        return messages.train_reply(moved, {}, 10)
+
+    _, records, _ = forgotten_by("fedrecover", scripted_grid(reply, 7), before=8)
+    assert records[0].unlearning.rounds_asked == 7
+    staying = 5
+    live, recovery = 8 * 7 + staying, 2 * staying
+    assert [number for _, number in asked[live:-recovery:staying]] == [1, 2, 3, 5, 7, 8, 9]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -224,38 +246,6 @@ def test_the_tutorial_wraps_a_strategy_that_then_forgets(scripted_grid):
 
 
 # ---------------------------------------------------------------- erasure scope
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_nothing_of_a_forgotten_client_is_left_anywhere(on_disk, scripted_grid, tmp_path):
-    grid = scripted_grid(late({3: 2, 5: 3}), 7)
-    wrapped = federation(
-        "fedup",
-        strategy=FedAvgM(server_momentum=0.5, fraction_evaluate=0.0),
-        others=everything(),
-        detector=FLDetector(),
-        memory=Memory(needs_of(everything()), folder=tmp_path if on_disk else None),
-    )
-    _, models = play(wrapped, grid, 4)
-    looked = {place.name: place.holds for place in SCOPE if place.holds is not None}
-    before = {name for name, holds in looked.items() if holds(wrapped, GONE[0])}
-    # Nobody waits yet and no plan runs; all other places hold something that must go.
-    assert before == looked.keys() - {"waiting list", "journal"}
-    wrapped.forget(GONE, "malicious")
-    assert looked["waiting list"](wrapped, GONE[0])
-    play(wrapped, grid, 4, played=4, model=models[-1])
-    for name in GONE:
-        assert [place for place, holds in looked.items() if holds(wrapped, name)] == []
-    assert looked["last round"](wrapped, client(1))
-    assert looked["history"](wrapped, client(1))
-
-
-def test_every_fate_is_explained():
-    assert len({place.name for place in SCOPE}) == len(SCOPE)
-    for place in SCOPE:
-        assert place.how.endswith(".")
-        if place.fate in ("reset", "purged"):
-            assert place.holds is not None or place.name == "clients' state"
-
-
 def test_clients_are_told_to_clear_what_they_kept(scripted_grid):
     grid = scripted_grid(learning(), 7)
     send, told = grid.send_and_receive, []

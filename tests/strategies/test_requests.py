@@ -39,6 +39,7 @@ from unlearning.errors import (
     NoLastRoundError,
     RefusedRequestError,
     SecateurError,
+    TooFewClientsError,
 )
 from unlearning.history import contributions
 from unlearning.parameters import weighted_mean
@@ -327,7 +328,7 @@ def test_after_exact_forgetting_methods_rest_on_the_rounds_played_again(method, 
 def test_few_clients_are_not_asked_to_go_on_where_a_round_waits_for_more(scripted_grid):
     wrapped = federation("retrain", strategy=FedAvg(fraction_evaluate=0.0, min_available_nodes=6))
     play(wrapped, scripted_grid(learning(), 7), 2)
-    with pytest.raises(BenignMajorityError, match="5 of 7 clients would stay, and a round waits"):
+    with pytest.raises(TooFewClientsError, match="5 of 7 clients would stay, and a round waits"):
         wrapped.forget(GONE, "privacy")
     assert wrapped.roster.may_take_part(GONE[0])
     wrapped.forget(GONE[:1], "privacy")

@@ -1,5 +1,7 @@
 """Rounds that are played again take the places of those they undo in what is remembered."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from strategies import averaging
 from strategies.forgetting import needs_of
 from strategies.loop import run_rounds
 from strategies.memory import Memory
+from strategies.methods.catalogue import MAKE
 from strategies.methods.replay import FedEraser
 from strategies.methods.retraining import ReplayError
 from strategies.rewriting import Rewriting
@@ -159,6 +162,43 @@ def test_whoever_trains_in_a_plan_alone_has_a_part_in_the_model_too(scripted_gri
     assert wrapped.memory.checkpoint([client(6)])[0] == 2
 
 
+@pytest.mark.parametrize("every", [False, True])
+def test_checkpoints_are_made_again_from_the_rounds_played_again(every, scripted_grid):
+    joins = {5: 3, 6: 4}
+
+    def without(*gone):
+        return scripted_grid(late(joins | dict.fromkeys(gone, 99)), 7)
+
+    def remembering():
+        needs = needs_of(everything()) if every else needs_of([MAKE["rollback"]()])
+        return federation("rollback", memory=Memory(needs))
+
+    wrapped, grid = remembering(), scripted_grid(late(joins), 7)
+    assert Rewriting(wrapped.memory, 9).wants(1) is every
+    _, models = play(wrapped, grid, 5)
+    wrapped.request(Request(Target.CLIENT, (client(3),), "privacy", method="rollback"))
+    _, models = play(wrapped, grid, 6, played=5, model=models[-1])
+    expected = remembering()
+    _, clean = play(expected, without(3), 6)
+    assert same(models[-1], clean[-1])
+    assert sorted(wrapped.memory.checkpoints) == [2, 3]
+    assert all(same(model, clean[n]) for n, model in wrapped.memory.checkpoints.items())
+    assert wrapped.memory.first_rounds == expected.memory.first_rounds
+    # They serve the next request, which goes back no further than it must.
+    wrapped.request(Request(Target.CLIENT, (client(6),), "privacy", method="rollback"))
+    records, models = play(wrapped, grid, 7, played=6, model=models[-1])
+    assert records[0].unlearning.settings == {"rounds": 4, "from_round": 3}
+    _, clean = play(remembering(), without(3, 6), 7)
+    assert same(models[-1], clean[-1])
+    assert list(wrapped.memory.checkpoints) == [2, 3]  # both from before client 6
+    wrapped.request(Request(Target.CLIENT, (client(5),), "privacy", method="rollback"))
+    records, models = play(wrapped, grid, 8, played=7, model=models[-1])
+    assert records[0].unlearning.settings == {"rounds": 6, "from_round": 2}
+    _, clean = play(remembering(), without(3, 5, 6), 8)
+    assert same(models[-1], clean[-1])
+    assert list(wrapped.memory.checkpoints) == [2]
+
+
 @pytest.mark.parametrize("name", ["federaser", "fedrecover"])
 def test_a_replayed_model_is_the_sum_of_what_is_remembered_of_it(name, scripted_grid):
     grid = scripted_grid(learning(), 7)
@@ -252,8 +292,13 @@ def test_no_more_is_written_aside_than_is_needed(needs, wanted):
     for number in (1, 2, 3, 4):
         sent = {"w": torch.full((2,), float(number))}
         rewriting.note(number, MODEL, [Answer("a", sent, num_examples=1)])
-    assert list(rewriting._staged().rounds) == wanted
+    # The model that a round started from is held where somebody is new in it.
+    held = [previous is not None for _, previous, _ in rewriting._rounds]
+    assert held == [True, False, False, False]
+    folder = Path(rewriting._folder.name) if wanted else None
+    assert [*rewriting._staged().rounds] == wanted if wanted else rewriting._folder is None
     rewriting.apply(0)
+    assert folder is None or not folder.exists()
     assert memory.first_rounds == {"a": 1}
     assert memory.last_rounds == {"a": 4}
     if Need.LAST in needs:

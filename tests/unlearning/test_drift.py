@@ -51,6 +51,7 @@ def without(models, weights, forgotten):
 
 
 def close(one, other, **tolerance):
+    assert one
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], **tolerance)
@@ -117,6 +118,12 @@ def test_who_always_sent_the_average_of_the_others_leaves_no_trace(seed):
     kept, share = without(*past[-1], "a")
     result = drift.subtract(kept, [[ledger_of(past)["a"]]], [share], 1.0)
     close(result, kept, rtol=0, atol=1e-5)
+    # Had it sent 1 more in one round, p_F 1 would be taken back.
+    models, weights = past[0]
+    past[0] = ({**models, "a": {n: models["a"][n] + 1 for n in models["a"]}}, weights)
+    traced = drift.subtract(kept, [[ledger_of(past)["a"]]], [share], 1.0)
+    for name in TRAINED:
+        torch.testing.assert_close(traced[name], kept[name] - share, rtol=0, atol=1e-5)
 
 
 @settings(deadline=None)
@@ -149,6 +156,10 @@ def test_linear_in_strength_and_additive_in_clients_and_events(seed, strength):
         return {name: result[name] - kept[name] for name in TRAINED}
 
     both = moved([[a, b]], [0.2], 1.0)
+    for name in TRAINED:  # -1 / (1 - .2) times the rows
+        expected = -1.25 * (a[name] + b[name])
+        torch.testing.assert_close(both[name], expected, rtol=1e-4, atol=1e-5)
+        assert float(both[name].abs().max()) > 0.01
     close(
         moved([[a, b]], [0.2], strength),
         {name: strength * tensor for name, tensor in both.items()},
