@@ -78,6 +78,11 @@ class AnswerFiles:
             check_fits(self.schema, model, place / f"{GLOBAL}{SUFFIX}")
             check_values(model)
         self.warnings += [f"ask {self.asked}: {warning}" for warning in uncounted(found)]
+        if missing:
+            self.warnings.append(
+                f"ask {self.asked}: {len(found)} of {len(ask.to)} clients answered; without "
+                f"{listed(missing)} this is no whole training"
+            )
         return [Answer(c, found[c], num_examples=found[c].weight) for c in sorted(found)]
 
     def _write(self, place: Path, question: Mapping[str, object], model: Parameters) -> None:

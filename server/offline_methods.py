@@ -29,7 +29,6 @@ from unlearning import (
     drift,
     federaser,
     fedrecover,
-    fedup,
     negation,
     negative_gradients,
     retraining,
@@ -52,7 +51,6 @@ class Drift(Method):
 
     def plan(self, case: Case) -> Plan[Unlearned]:
         """Build the clients' rows of the ledger and subtract them; yields nothing."""
-        fedup.check_majority(len(case.forgotten), len(case.locals_))
         with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
             rows = self._rows(case, Path(folder))
             retained = case.average(case.others)

@@ -41,7 +41,6 @@ class Pruning(Ordered):
     def plan(self, case: Case) -> Plan[Unlearned]:
         """Prune the average of the others; yields nothing."""
         score = self.ranking
-        fedup.check_majority(len(case.forgotten), len(case.locals_))
         names = self.prunable(case)
         rate, found, warnings = self._rate(case, names)
         if self.prune_bias:

@@ -87,6 +87,8 @@ def unlearn(
     from server.settings import parse_overrides  # noqa: PLC0415
     from strategies.archive import TOTAL, WEIGHT, save_model  # noqa: PLC0415
     from unlearning.catalogue import METHODS, Need  # noqa: PLC0415
+    from unlearning.fedup import check_majority  # noqa: PLC0415
+    from unlearning.routing import NEED_MAJORITY  # noqa: PLC0415
 
     started = time.perf_counter()
     chosen = choose(method, parse_overrides(set_ or []))
@@ -98,6 +100,8 @@ def unlearn(
     check_needs(method, chosen, history, lab)
     with progress(as_json) as tell, prepared(None if lab else 1):
         case = read_case(before, locals_, names, history=history, lab=lab, tell=tell)
+        if method in NEED_MAJORITY:
+            check_majority(len(case.forgotten), len(case.locals_))
         carrier = AnswerFiles(answers, chosen.enough, case.before.schema)
         unlearned = run(chosen, case, carrier)
         tell("writing")

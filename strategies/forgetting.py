@@ -7,7 +7,7 @@ from strategies.methods.interface import Method, Pending, ServerLab
 from strategies.methods.retraining import Retrain
 from strategies.rate_limit import RateLimit
 from unlearning.catalogue import METHODS, Need
-from unlearning.errors import SecateurError
+from unlearning.errors import BudgetError, SecateurError
 from unlearning.parameters import Parameters
 from unlearning.routing import Available, Cause, Request, Route, route
 
@@ -51,11 +51,19 @@ class Forgetting:
         self.pending: list[Pending] = []
         self.last: int | None = None
         """Round of the last unlearning."""
+        self.tried: dict[str, int] = {}
+        """Method -> round in which it asked clients, and was refused."""
         self.refused: tuple[Pending, ...] = ()
         """Those who waited when unlearning was last refused."""
 
     def route(
-        self, request: Request, *, number: int, participants: int, fewest: int, remembers: bool
+        self,
+        request: Request,
+        *,
+        number: int,
+        active: Collection[str],
+        fewest: int,
+        remembers: bool,
     ) -> Route:
         """Return how a request is served; see ``unlearning.routing.route``.
 
@@ -63,8 +71,8 @@ class Forgetting:
         ----------
         number
             The last round.
-        participants
-            Clients that may take part.
+        active
+            Clients that may take part, those concerned included.
         fewest
             Clients that a round of the wrapped strategy waits for.
         remembers
@@ -74,13 +82,15 @@ class Forgetting:
         last = self.memory.last
         available = Available(
             needs=self.available(),
-            participants=participants,
-            replay=self._replay(request.clients, number, remembers),
+            participants=len(active),
+            replay=self._replay(
+                request.clients, self.rate_limit.next_round(number, self.last), remembers
+            ),
             default="drift" if default == "drift" else "fedup",
             waiting=sum(len(entry.clients) for entry in self.pending),
             methods=frozenset(self.methods),
             fewest=fewest,
-            present=frozenset(last.locals_) if last is not None else frozenset(),
+            present=frozenset(last.locals_ if last is not None else ()) & frozenset(active),
         )
         return route(request, available)
 
@@ -90,7 +100,13 @@ class Forgetting:
         return self.memory.available() | at_hand | {Need.RETAINED}
 
     def wait(
-        self, clients: Iterable[str], cause: Cause, number: int, model: Parameters, method: str
+        self,
+        clients: Iterable[str],
+        cause: Cause,
+        number: int,
+        model: Parameters,
+        method: str,
+        most_rounds: int | None = None,
     ) -> None:
         """Put clients on the list, with what their method needs to keep of them.
 
@@ -101,28 +117,57 @@ class Forgetting:
         """
         chosen = tuple(sorted(clients))
         evidence = self.methods[method].freeze(self.memory, model, chosen)
-        self.pending.append(Pending(chosen, cause, number, method, evidence))
+        self.pending.append(Pending(chosen, cause, number, method, evidence, most_rounds))
 
-    def due(self, number: int) -> list[tuple[Pending, ...]]:
-        """Return who may be forgotten now: groups that wait for one method, the oldest first.
+    def due(self, number: int) -> list[tuple[str, tuple[Pending, ...]]]:
+        """Return who may be forgotten now: methods and whom each serves, the oldest first.
 
-        One of them is to be served. Exact forgetting serves all who wait, whatever they asked for:
-        nobody of them takes part in it. Of a method that forgets one event at a time, every event
-        is a group.
+        One of them is to be served. What plays rounds again serves all who wait, whatever they
+        asked for, since nobody of them takes part in it; but nobody who is to be forgotten exactly
+        is served by less. Of a method that forgets one event at a time, every event is a group.
+        After a refusal that cost rounds, a method waits as long as after an unlearning.
         """
         if not self.rate_limit.allows(number, self.last):
             return []
-        groups: list[tuple[Pending, ...]] = []
+        groups: list[tuple[str, tuple[Pending, ...]]] = []
         for name in dict.fromkeys(entry.method for entry in self.pending):
-            exact = METHODS[name].guarantee == "exact"
-            group = tuple(e for e in self.pending if exact or e.method == name)
-            groups += [group] if METHODS[name].events else [(entry,) for entry in group]
+            if not self.rate_limit.allows(number, self.tried.get(name)):
+                continue
+            entry = METHODS[name]
+            exact = entry.guarantee == "exact"
+            group = tuple(
+                other
+                for other in self.pending
+                if other.method == name
+                or (entry.replays and (exact or METHODS[other.method].guarantee != "exact"))
+            )
+            groups += [(name, group)] if entry.events else [(name, (one,)) for one in group]
         return groups
+
+    def check_budget(
+        self, method: str, served: Sequence[Pending], number: int, remembers: bool
+    ) -> None:
+        """Raise ``BudgetError`` if more rounds would be played again now than somebody allowed."""
+        clients = [client for entry in served for client in entry.clients]
+        rounds = self._replay(clients, number, remembers).get(method)
+        allowed = [entry.most_rounds for entry in served if entry.most_rounds is not None]
+        if rounds is not None and allowed and rounds > min(allowed):
+            raise BudgetError(
+                f"{method} would play {rounds} rounds again by now, and {min(allowed)} "
+                "are allowed; ask again with more, or for an approximate guarantee"
+            )
+
+    def refuse(self, number: int, method: str, *, asked: bool) -> None:
+        """Take note that unlearning was refused, and whether clients were asked for it."""
+        self.refused = tuple(self.pending)
+        if asked:
+            self.tried[method] = number
 
     def done(self, served: Sequence[Pending], number: int) -> None:
         """Take those who were forgotten off the list."""
         self.pending = [entry for entry in self.pending if entry not in served]
         self.refused, self.last = (), number
+        self.tried = {}
 
     @property
     def stuck(self) -> bool:
@@ -130,12 +175,12 @@ class Forgetting:
         return bool(self.pending) and self.refused == tuple(self.pending)
 
     def _replay(self, clients: Collection[str], number: int, remembers: bool) -> dict[str, int]:
+        """Return how many rounds exact methods would play again at the end of a round."""
         found = {}
         for name, method in self.methods.items():
             if isinstance(method, Retrain) and self.memory.initial is not None:
-                # It runs at the end of the next round at the earliest, which it replays too.
                 origin, _ = method.origin(self.memory, clients, remembers)
-                found[name] = number + 1 - origin
+                found[name] = number - origin
         return found
 
 

@@ -95,10 +95,12 @@ class Memory:
     """Client -> the first round that it took part in."""
     last_rounds: dict[str, int] = field(default_factory=dict, init=False)
     """Client -> the last round that it took part in."""
-    shares: Mapping[str, float] = field(default_factory=dict, init=False)
-    """Client -> its share of the last average that it entered."""
+    shares: Mapping[str, tuple[int, float]] = field(default_factory=dict, init=False)
+    """Client -> the last round whose average it entered, and its share of it."""
     restarted: bool = field(default=False, init=False)
     """Whether rounds were undone that the ledger cannot tell from those before them."""
+    from_the_start: bool = field(default=True, init=False)
+    """Whether the first round that it remembers started from the model of round 0."""
     given_up: str = field(default="", init=False)
     """Why there is no history any more, if so."""
     _archive: Archive | None = field(default=None, init=False)
@@ -133,7 +135,8 @@ class Memory:
         used = last.without(last.locals_.keys() - set(aggregated))
         self.joined(last.number, last.previous, list(used.locals_))
         if used.locals_:
-            self.shares = {**self.shares, **history.shares(used.weights)}
+            shares = history.shares(used.weights)
+            self.shares = {**self.shares, **{c: (last.number, s) for c, s in shares.items()}}
         if Need.LEDGER in self.needs and used.locals_:
             self._add_to_ledger(used)
         self._record(used)
@@ -209,7 +212,7 @@ class Memory:
             self._drop_checkpoint(later)
         self.first_rounds = {c: first for c, first in self.first_rounds.items() if first <= number}
         self.last_rounds = {c: last for c, last in self.last_rounds.items() if last <= number}
-        self.shares = {c: s for c, s in self.shares.items() if c in self.last_rounds}
+        self.shares = {c: share for c, share in self.shares.items() if share[0] <= number}
         self.last = None
         if number and self.ledger:
             log.warning(
@@ -219,6 +222,32 @@ class Memory:
             )
         self.restarted = number > 0  # from round 0 on, it is written anew
         self.ledger = self._kept_clients("ledger", {})
+
+    def adopt(self, other: "Memory") -> None:
+        """Go on from what another memory holds of the rounds after those that this one does."""
+        self.first_rounds = {**other.first_rounds, **self.first_rounds}
+        self.last_rounds = {**self.last_rounds, **other.last_rounds}
+        self.shares = {**self.shares, **other.shares}
+        for number, model in other.checkpoints.items():
+            if number not in self.checkpoints:
+                self._keep_checkpoint(number, model)
+        if other.given_up and not self.given_up:
+            self._give_up(other.given_up)
+        if other._archive is not None:
+            for number in other._archive.rounds:
+                start, models = other._archive.start(number), other._archive.models(number)
+                weights = {client: model.weight for client, model in models.items()}
+                self._record(LastRound(number, start, models, weights))
+        if not self.restarted:
+            self.ledger = self._kept_clients("ledger", other.ledger)
+        if other.last is not None:
+            self.last = self._kept_round(other.last)
+
+    def share_of(self, clients: Collection[str]) -> float:
+        """Return what clients had together of the last average that any of them entered."""
+        entered = [self.shares[client] for client in clients if client in self.shares]
+        newest = max((number for number, _ in entered), default=0)
+        return sum(share for number, share in entered if number == newest)
 
     def bytes_held(self, needs: Collection[Need] | None = None) -> int:
         """Return the size of everything remembered, or of what is remembered for some needs."""
@@ -259,6 +288,7 @@ class Memory:
                     return model
                 return SavedModel(new / model.path.relative_to(old))
 
+            twin.initial = None if self.initial is None else moved(self.initial)
             twin.checkpoints = {number: moved(m) for number, m in self.checkpoints.items()}
             twin.ledger = {client: moved(row) for client, row in self.ledger.items()}
             if self.last is not None:
@@ -304,7 +334,7 @@ class Memory:
     ) -> Mapping[str, Parameters]:
         home = self._home(place, models.values()) if models else self._there(place)
         if home is None:
-            return models
+            return {client: in_memory(model) for client, model in models.items()}
         wanted = {file_name(client) for client in models}
         for path in home.glob(f"*{SUFFIX}"):
             if path.name not in wanted:
@@ -323,7 +353,8 @@ class Memory:
     def _kept_round(self, last: LastRound) -> LastRound:
         home = self._home("last", [last.previous, *last.locals_.values()])
         if home is None:
-            return last
+            sent = {client: in_memory(model) for client, model in last.locals_.items()}
+            return replace(last, previous=in_memory(last.previous), locals_=sent)
         archive = Archive(home)
         archive.record(last.number, last.previous, last.locals_, last.weights)
         for number in archive.rounds:
@@ -367,6 +398,10 @@ class Memory:
 
     def _record(self, used: LastRound) -> None:
         wanted = HISTORIES & set(self.needs)
+        first = min(self.first_rounds.values(), default=0)
+        if self.from_the_start and used.number == first > 1:
+            # No round before made a model: this one started from w^0, where histories begin.
+            used = replace(used, number=1)
         skipped = Need.HISTORY not in wanted and not self.samples(used.number)
         if not wanted or self.given_up or skipped or not used.locals_:
             return
@@ -387,6 +422,11 @@ class Memory:
             for number in self._archive.rounds:
                 self._archive.drop(number)
         log.log(level, "the history of rounds is given up: %s", why)
+
+
+def in_memory(model: Parameters) -> Parameters:
+    """Return a model that needs no file; one that is in memory already is returned as it is."""
+    return copied(model) if isinstance(model, SavedModel) else model
 
 
 def _round(number: int) -> str:

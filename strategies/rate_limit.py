@@ -22,3 +22,7 @@ class RateLimit:
     def allows(self, number: int, last: int | None) -> bool:
         """Say whether an unlearning may run in round ``number``, the last one being in ``last``."""
         return last is None or number - last >= self.rounds
+
+    def next_round(self, number: int, last: int | None) -> int:
+        """Return the first round after ``number`` in which an unlearning may run."""
+        return number + 1 if last is None else max(number + 1, last + self.rounds)

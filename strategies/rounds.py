@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import (
 )
 
 from strategies import averaging, messages
-from strategies.directory import Directory, VisibleGrid
+from strategies.directory import Directory, QuorumError, VisibleGrid
 from strategies.exchange import match, matched
 from strategies.screen import Screen
 from unlearning.errors import SecateurError
@@ -167,7 +167,15 @@ class PlanRounds:
 
         A round of training that too few answered does not count: nothing is returned then.
         """
-        outgoing = self._train(ask) if ask.action == messages.TRAIN else self._other(ask)
+        if ask.action == messages.TRAIN:
+            try:
+                outgoing, expected = self._train(ask)
+            except QuorumError as error:
+                log.warning("%s: %s", ask.action, error)
+                return []
+        else:
+            outgoing = self._other(ask)
+            expected = len(outgoing)
         received = self._grid.send_and_receive(outgoing, timeout=self._deadline_s)
         schema = ask.arrays if ask.action.split(".")[0] == messages.TRAIN else None
         average = None
@@ -188,11 +196,9 @@ class PlanRounds:
         back = len(screened.answers) if schema is not None else 0
         self.bytes_sent += size * (len(outgoing) + back)
         if ask.action == messages.TRAIN:
-            needed = replies_needed(self._quorum, len(outgoing))
-            if len(screened.answers) < needed:
-                log.warning(
-                    "%s: %s", ask.action, too_few(len(screened.answers), len(outgoing), needed)
-                )
+            needed, usable = replies_needed(self._quorum, expected), len(screened.answers)
+            if usable < needed:
+                log.warning("%s: %s", ask.action, too_few(usable, expected, needed))
                 return []
             self.answered.update(answer.client for answer in screened.answers)
         return list(screened.answers) if average is None else [average]
@@ -211,7 +217,8 @@ class PlanRounds:
             return start
         return start if model is None else model
 
-    def _train(self, ask: Ask) -> list[Message]:
+    def _train(self, ask: Ask) -> tuple[list[Message], int]:
+        """Return whom to ask, and how many it would be if all clients named were connected."""
         number = int(ask.config["round"])
         visible = VisibleGrid(
             self._grid, self._directory, _only(ask.to), patience_s=self._deadline_s
@@ -221,7 +228,9 @@ class PlanRounds:
         config = ConfigRecord({**self._train_config, **own})
         strategy = self.strategy if ask.mean else everybody(self.strategy)
         with seeded_sampling(self._seed, number):
-            return list(strategy.configure_train(number, arrays, config, visible))
+            outgoing = list(strategy.configure_train(number, arrays, config, visible))
+        connected = len(list(visible.get_node_ids()))
+        return outgoing, len(outgoing) * len(ask.to) // max(1, connected)
 
     def _other(self, ask: Ask) -> list[Message]:
         content = RecordDict({messages.CONFIG: ConfigRecord(dict(ask.config))})

@@ -296,7 +296,7 @@ class Unlearning(Strategy):
         return self.forgetting.route(
             request,
             number=self.record.number,
-            participants=len(active),
+            active=active,
             fewest=rounds.fewest_clients(self.strategy),
             remembers=rounds.remembers(self.strategy),
         )
@@ -316,7 +316,13 @@ class Unlearning(Strategy):
         found = self.route(request)
         others = self._others_in_last_round(request.clients)
         self._quarantine(
-            request.clients, self.record.number, request.cause, others, {}, found.method
+            request.clients,
+            self.record.number,
+            request.cause,
+            others,
+            {},
+            method=found.method,
+            most_rounds=request.most_rounds,
         )
         return found
 
@@ -370,22 +376,24 @@ class Unlearning(Strategy):
 
         A refusal (too few honest clients in the round, a round not remembered, a result that is no
         model) is recorded with its reason; its clients stay in quarantine, and it is tried again in
-        later rounds. Every other failure stops the run.
+        later rounds, not too often where clients are asked for it. Every other failure stops the
+        run.
         """
         number = self.record.number
         # One at a time: recovery is measured against the model before the unlearning it follows.
         if self.recovery.current:
             return None
-        for due in self.forgetting.due(number):
-            if not self.record.participants and Need.RETAINED in METHODS[due[0].method].needs:
+        for name, due in self.forgetting.due(number):
+            if not self.record.participants and Need.RETAINED in METHODS[name].needs:
                 continue
-            found = self._unlearn(due, model, grid, config, on_ask)
+            found = self._unlearn(name, due, model, grid, config, on_ask)
             if found is not None:
                 return found
         return None
 
     def _unlearn(
         self,
+        name: str,
         due: tuple[Pending, ...],
         model: Parameters,
         grid: Grid,
@@ -394,7 +402,7 @@ class Unlearning(Strategy):
     ) -> dict[str, torch.Tensor] | None:
         """Forget those who wait for one method; return the new model, or ``None`` if refused."""
         number = self.record.number
-        method = self.forgetting.methods[due[0].method]
+        method = self.forgetting.methods[name]
         rewriting = Rewriting(self.memory, number)
         carrier = self.plan_rounds(grid, config, every=rewriting.wants)
         situation = Situation(
@@ -424,16 +432,22 @@ class Unlearning(Strategy):
 
         started = time.perf_counter()
         try:
-            if method.name in NEED_MAJORITY:
+            if name in NEED_MAJORITY:
                 gone = len(situation.forgotten)
-                check_majority(gone, len(situation.retained) + gone)
+                compared = Need.LAST in METHODS[name].needs
+                honest = situation.retained if compared else situation.active
+                check_majority(gone, len(honest) + gone)
+            self.forgetting.check_budget(name, due, number, situation.remembers)
             outcome = carry_out(method.plan(situation), ask, self.store.journal(plan))
         except (RefusedRequestError, ParametersError) as error:
             self.store.drop_journal(plan)
-            if not self.forgetting.stuck:  # said once, and tried again in every round to come
-                self.forgetting.refused = tuple(self.forgetting.pending)
-                record.refused = str(error)
-                self.record.unlearning = record
+            known = self.forgetting.stuck and not carrier.asks
+            self.forgetting.refuse(number, name, asked=carrier.asks > 0)
+            self.forgettings += carrier.asks > 0  # they were told, and must be told anew
+            record.refused = str(error)
+            record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
+            if not known:  # said once where it costs nothing to try again in every round to come
+                self.record.unlearning = self.record.unlearning or record
                 log.warning("round %d: unlearning refused: %s", number, error)
             return None
         self.forgetting.done(due, number)
@@ -630,14 +644,16 @@ class Unlearning(Strategy):
         cause: Cause,
         model: Parameters,
         noted: dict[str, str],
+        *,
         method: str | None = None,
+        most_rounds: int | None = None,
     ) -> None:
         default = self.forgetting.method
         name = method or (default.name if default is not None else None)
         refused = ""
         if name is not None:
             try:
-                self.forgetting.wait(clients, cause, number, model, name)
+                self.forgetting.wait(clients, cause, number, model, name, most_rounds)
             except RefusedRequestError as error:
                 if method is not None:
                     raise  # a request; who was found to be malicious is excluded all the same

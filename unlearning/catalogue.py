@@ -68,6 +68,8 @@ class Entry:
         Rounds of the federation that it takes, in words.
     stored
         What the server stores for it, in models; K clients, R rounds.
+    replays
+        Whether it plays past rounds again; whoever waits to be forgotten takes no part in them.
     routed
         Whether ``route`` may choose it; the others are there for comparison, by name.
     """
@@ -83,6 +85,7 @@ class Entry:
     section: str
     several: bool = True
     events: bool = True
+    replays: bool = False
     routed: bool = True
 
 
@@ -144,6 +147,7 @@ METHODS: dict[str, Entry] = {
         "(R / 2) (K + 1)",
         "FedEraser, IWQoS 2021",
         "2.4",
+        replays=True,
     ),
     "fedrecover": Entry(
         "Replay all rounds without them, the others' updates estimated from the recorded ones",
@@ -151,10 +155,11 @@ METHODS: dict[str, Entry] = {
         _CLIENTS,
         "none",
         True,
-        "a fraction of R",
+        "some of R, at most R",
         "R (K + 1)",
         "arXiv:2210.10936",
         "2.5",
+        replays=True,
     ),
     "fast": Entry(
         "Subtract their recorded updates, latest round first, while accuracy on server data holds, "
@@ -202,6 +207,7 @@ METHODS: dict[str, Entry] = {
         "one per joining",
         "the gold baseline",
         "10.3",
+        replays=True,
     ),
     "retrain": Entry(
         "Train again from round 0 without them",
@@ -213,6 +219,7 @@ METHODS: dict[str, Entry] = {
         "1",
         "the gold baseline",
         "2.1",
+        replays=True,
     ),
     "natural": Entry(
         "Go on without them and change nothing else",

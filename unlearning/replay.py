@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 
-from unlearning.errors import MissingNeedError, SecateurError
+from unlearning.errors import MissingNeedError
 from unlearning.history import History
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer
@@ -37,13 +37,15 @@ def staying(
 
     Raises
     ------
-    SecateurError
+    MissingNeedError
         If there are none: the replay would stand still.
     """
     known = {client for number in history.rounds for client in history.weights(number)}
     stay = frozenset(retained) & known - frozenset(forgotten)
     if not stay:
-        raise SecateurError("nobody is left to replay with: no retained client is in the history")
+        raise MissingNeedError(
+            "nobody is left to replay with: no retained client is in the history; retrain instead"
+        )
     return stay
 
 

@@ -100,7 +100,7 @@ class Available:
     fewest
         Clients that a round waits for.
     present
-        Clients in the last round, where that is remembered; ``None`` for whoever is asked about.
+        Clients in the last round that may take part, where it is remembered; ``None`` for all.
     """
 
     needs: frozenset[Need]
@@ -244,8 +244,10 @@ def _check(name: str, request: Request, available: Available) -> None:
             "or wait until more clients have joined"
         )
     if name in NEED_MAJORITY:  # all who wait may be served together
-        waiting = available.waiting
-        check_majority(len(request.clients) + waiting, available.participants + waiting)
+        waiting, compared = available.waiting, available.participants
+        if Need.LAST in entry.needs and available.present is not None:
+            compared = len(available.present)  # whoever else there is says nothing of them
+        check_majority(len(request.clients) + waiting, compared + waiting)
     elif len(request.clients) >= available.participants:
         raise BenignMajorityError(
             f"all {available.participants} clients are to be forgotten: nobody would be left to "

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from strategies.memory import Memory
 from strategies.methods.interface import Situation, Unlearned, done, sums
 from unlearning import drift
-from unlearning.errors import MissingNeedError, SecateurError
+from unlearning.catalogue import Need
+from unlearning.errors import BenignMajorityError, MissingNeedError, SecateurError
 from unlearning.parameters import Parameters, copied
 from unlearning.plan import Plan
+
+ROUNDING = 1e-9
+"""Shares of all who were averaged sum to 1 up to this."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Pulls:
 
     rows: Mapping[str, Parameters]
     share: float
-    """p_F: their shares of the last averages that they entered."""
+    """p_F: their share of the last average that any of them entered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +44,19 @@ class Drift:
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> Pulls:
         """Keep the clients' rows of the ledger."""
         del model
-        if not memory.ledger:
-            raise MissingNeedError("drift subtraction needs a ledger, and none was kept")
+        if Need.LEDGER not in memory.available():
+            why = "it began too late, after a rollback" if memory.restarted else "none was kept"
+            raise MissingNeedError(f"drift subtraction needs a ledger of all rounds: {why}")
         # Who was never averaged in has no row, and nothing to take back.
         known = sorted(set(clients) & memory.ledger.keys())
         rows = {client: copied(memory.ledger[client]) for client in known}
-        return Pulls(rows, sum(memory.shares.get(client, 0.0) for client in clients))
+        share = memory.share_of(clients)
+        if not share < 1 - ROUNDING:
+            raise BenignMajorityError(
+                "all who were in the last average that these clients entered are to be forgotten: "
+                "drift subtraction has nobody to compare them with; let them take part once more"
+            )
+        return Pulls(rows, share)
 
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Take back; yields nothing."""

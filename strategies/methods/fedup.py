@@ -9,7 +9,7 @@ import torch
 from strategies.memory import Memory
 from strategies.methods.interface import Situation, Unlearned, done
 from unlearning import fedup
-from unlearning.errors import NoLastRoundError, SecateurError
+from unlearning.errors import ImpossibleRequestError, NoLastRoundError, SecateurError
 from unlearning.parameters import Parameters, flat, mean, prunable_names
 from unlearning.plan import Plan
 from unlearning.randomness import generator
@@ -62,6 +62,8 @@ class FedUP:
                 "remembered; let them take part once more, or retrain without them"
             )
         names = self._names(model)
+        if self.rate == "adaptive":
+            last_layer(model, names)  # refused now if there is none
         flagged = mean([last.locals_[client] for client in sorted(clients)])
         return FedUPEvidence(
             fedup.disagreement(flagged, model, names),
@@ -142,7 +144,7 @@ def last_layer(model: Parameters, names: Sequence[str]) -> torch.Tensor:
     """Return the last linear layer's weight followed by its bias, flattened."""
     linear = [name for name in names if model[name].dim() == 2]
     if not linear:
-        raise SecateurError("the adaptive rate needs a linear layer; set a fixed rate")
+        raise ImpossibleRequestError("the adaptive rate needs a linear layer; set a fixed rate")
     weight = linear[-1]
     bias = weight.removesuffix("weight") + "bias"
     return flat({name: model[name] for name in (weight, bias) if name in model})

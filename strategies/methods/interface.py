@@ -28,6 +28,8 @@ class Pending:
     """How they are to be forgotten."""
     evidence: Any = None
     """What that method froze in that round."""
+    most_rounds: int | None = None
+    """Rounds that may be played again for them."""
 
 
 @dataclass(frozen=True)

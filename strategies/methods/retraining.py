@@ -45,6 +45,12 @@ class Retrain:
             after = situation.aggregate(played, before, answers)
             if after is before:
                 void.append(played)
+                if len(void) > rounds * MOST_VOID or played == situation.number:
+                    raise ReplayError(
+                        f"{len(void)} of the first {played - number} of {rounds} rounds made no "
+                        "model, too few clients answered: what was trained again is not a whole "
+                        "training; it is tried again later"
+                    )
             else:
                 situation.played(played, before, answers)
             return after
@@ -52,11 +58,6 @@ class Retrain:
         model = yield from retraining.retrain(
             start, situation.active, rounds, first_round=number + 1, aggregate=aggregate
         )
-        if len(void) > rounds * MOST_VOID or situation.number in void:
-            raise ReplayError(
-                f"{len(void)} of {rounds} rounds made no model, too few clients answered: what was "
-                "trained again is not a whole training; it is tried again in the next round"
-            )
         warnings = (f"rounds without a model: {', '.join(map(str, void))}",) if void else ()
         told = {"rounds": rounds, "from_round": number}
         return Unlearned(model, settings=told, exact=True, origin=number, warnings=warnings)

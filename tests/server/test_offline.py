@@ -38,6 +38,7 @@ from unlearning.history import MemoryHistory, Past
 from unlearning.parameters import mean, weighted_mean
 from unlearning.plan import Answer, carry_out
 from unlearning.randomness import generator
+from unlearning.routing import NEED_MAJORITY
 
 CLIENTS = ("ann", "bob", "cem", "dee", "eve", "fay g")
 GONE = ("bob", "eve")
@@ -486,6 +487,25 @@ def test_fewer_answers_are_enough_only_where_that_was_said(here, capsys):
     assert (code, "to answer ask 3" in err) == (1, True)
     start = load_file(here / "answers/ask-0003/global.safetensors")
     assert same(start, trained("dee", 2, model))
+    save_file(trained("ann", 3, start), here / "answers/ask-0003/ann.safetensors")
+    code, out, _ = call(capsys, *arguments, "--set", "answers=enough")
+    assert code == 0
+    warnings = json.loads(out)["warnings"]
+    for ask, one in ((1, "cem, dee, fay g"), (2, "ann, cem, fay g"), (3, "cem, dee, fay g")):
+        told = [w for w in warnings if w.startswith(f"ask {ask}: 1 of 4 clients answered; without")]
+        assert len(told) == 1
+        assert all(name in told[0] for name in one.split(", "))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_half_or_more_are_forgotten_only_by_what_needs_no_majority(name, here, capsys):
+    # Three of six; floor((6 - 1) / 2) = 2.
+    arguments = (*USUAL, *HISTORY, *ANSWERS, "--forget", "ann,bob,eve")
+    code, _, err = call(capsys, name, *arguments, *(DATA if name in ("fast", "kd") else ()))
+    assert ("3 of 6 participants are to be forgotten" in err) is (name in NEED_MAJORITY)
+    if name in NEED_MAJORITY:
+        assert code == 1
+        assert not (here / "out.safetensors").exists()
 
 
 def test_an_answer_that_comes_late_is_not_mixed_in(here, capsys):

@@ -179,7 +179,11 @@ def test_what_is_told_of_the_last_round_that_stays_is_kept(tmp_path, where):
     memory.remember(played(5, b=1, e=1), ["b", "e"])
     assert memory.last_rounds == {"a": 3, "b": 5, "d": 4, "e": 5}
     shares = dict(memory.shares)
-    assert shares == pytest.approx({"a": 1 / 6, "b": 1 / 3, "d": 2 / 3, "e": 2 / 3})
+    expected = {"a": (3, 1 / 6), "b": (5, 1 / 3), "d": (4, 2 / 3), "e": (5, 2 / 3)}
+    assert shares == {client: (n, pytest.approx(s)) for client, (n, s) in expected.items()}
+    # Shares of different rounds do not add up: the newest of them counts.
+    for clients, share in (("a", 1 / 6), ("ad", 2 / 3), ("bde", 1.0), ("ab", 1 / 3), ("x", 0)):
+        assert memory.share_of([*clients]) == pytest.approx(share)
     memory.rewind(4)
     assert memory.last_rounds == {"a": 3, "d": 4}
     assert memory.first_rounds == {"a": 1, "b": 1, "d": 3}
@@ -187,6 +191,33 @@ def test_what_is_told_of_the_last_round_that_stays_is_kept(tmp_path, where):
     assert list(memory.history.rounds) == [1, 2, 3, 4]
     assert list(memory.checkpoints) == [2, 4]  # that of round 4 is from before e
     assert same(memory.checkpoints[4], model(4))
+
+
+def test_a_history_begins_with_the_first_round_that_made_a_model(where, tmp_path):
+    folder = tmp_path / "memory" if where == "disk" else None
+    memory = Memory([Need.HISTORY], folder=folder)
+    for number in (2, 3):  # round 1 made none, so that round 2 started from w^0
+        memory.remember(played(number, a=1, b=2), ["a", "b"])
+    assert list(memory.history.rounds) == [1, 3]
+    assert same(memory.history.start(1), model(1))
+    late = Memory([Need.HISTORY])
+    late.joined(1, START, ["a"])  # a model was made, and its updates were not recorded
+    late.remember(played(2, a=1), ["a"])
+    assert late.history is None
+
+
+def test_a_copy_of_a_large_memory_outlives_it(monkeypatch):
+    monkeypatch.setattr("strategies.memory.IN_MEMORY", 0)
+    memory = Memory(EVERYTHING)
+    memory.start(START)
+    memory.remember(played(1, a=1, b=2), ["a", "b"])
+    memory.remember(played(2, a=1, c=2), ["a", "c"])
+    twin = copy.deepcopy(memory)
+    del memory
+    assert same(twin.initial, START)
+    assert same(twin.checkpoint({"c"})[1], model(1))
+    assert same(twin.last.locals_["c"], model(2))
+    assert same(twin.history.models(1)["b"], model(2))
 
 
 def test_what_is_large_is_kept_on_disk(monkeypatch):

@@ -25,6 +25,7 @@ from tests.strategies.small import (
     client,
     everything,
     federation,
+    late,
     learning,
     play,
     without_gone,
@@ -140,7 +141,10 @@ def test_a_replay_that_nobody_answers_is_no_exact_forgetting(scripted_grid):
     live.append(True)
     wrapped.forget(GONE, "privacy")
     records, after = play(wrapped, grid, 4, played=4, model=models[-1])
-    assert "4 of 5 rounds made no model" in records[0].unlearning.refused
+    # At most a fifth may be void, so it ends with the second.
+    told = records[0].unlearning
+    assert "2 of the first 2 of 5 rounds made no model" in told.refused
+    assert told.rounds_asked == 2
     assert not torch.equal(after[-1]["first.weight"], MODEL["first.weight"])
     assert wrapped.roster.statuses()[GONE[0]] == "quarantined"
 
@@ -470,3 +474,211 @@ def test_whoever_watches_is_told_of_every_ask_before_it_is_carried(scripted_grid
     )
     # Round 4 itself is no ask; then rounds 1 to 4 again among five, each told before its answers.
     assert told == [(number, 5, 5 * number) for number in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("name", ["retrain", "fedrecover"])
+def test_an_exact_replay_after_a_refused_one_tells_clients_anew(name, scripted_grid):
+    told, deaf = [], []
+
+    def reply(partition, number, model):
+        if deaf and number <= 3:
+            raise RuntimeError("busy")
+        return learning()(partition, number, model)
+
+    grid = scripted_grid(reply, 7)
+    send = grid.send_and_receive
+
+    def spy(outgoing, *, timeout=None):
+        sent = list(outgoing)
+        if sent[0].metadata.message_type == "train":
+            told.append(sent[0].content.config_records["config"].get("forgettings", 0))
+        return send(sent, timeout=timeout)
+
+    grid.send_and_receive = spy
+    wrapped = federation("retrain", others=everything())
+    wrapped.memory.needs = needs_of(everything())
+    _, models = play(wrapped, grid, 4)
+    wrapped.forget(GONE, "privacy")
+    deaf.append(True)
+    _, models = play(wrapped, grid, 5, played=4, model=models[-1])  # refused
+    deaf.clear()
+    told.clear()
+    records, _ = play(wrapped, grid, 6, played=5, model=models[-1])
+    assert records[0].unlearning.refused is None
+    # Round 6 is an ordinary one; clients kept state in it that the replay must not begin with.
+    assert told[0] != told[1]
+    assert len(set(told[1:])) == 1
+
+
+def test_a_ledger_that_began_too_late_is_no_evidence_for_a_detector_either(scripted_grid):
+    wrapped = found(
+        "drift", 8, [client(0)], others=everything(), memory=Memory(needs_of(everything()))
+    )
+    grid = scripted_grid(late({3: 4, 4: 4}), 7)
+    _, models = play(wrapped, grid, 5)
+    wrapped.request(Request(Target.CLIENT, GONE, "privacy"))
+    records, models = play(wrapped, grid, 7, played=5, model=models[-1])
+    assert records[0].unlearning.settings["from_round"] == 3
+    records, _ = play(wrapped, grid, 8, played=7, model=models[-1])
+    why = records[0].quarantined[client(0)]
+    assert "it began too late, after a rollback" in why
+    assert not wrapped.roster.may_take_part(client(0))
+
+
+def test_drift_knows_the_share_of_one_round_alone(scripted_grid):
+    def reply(partition, number, model):
+        present = {1: (0, 1, 2, 3), 2: (0, 1, 4, 5), 3: (1, 2, 3, 6)}[number]
+        if partition not in present:
+            raise RuntimeError("away")
+        return learning()(partition, number, model)
+
+    wrapped = federation("drift")
+    play(wrapped, scripted_grid(reply, 7), 3)
+    # Round 2 weighed 10 + 11 + 14 + 15 = 50, round 3 11 + 12 + 13 + 16 = 52.
+    for clients, share in (((0,), 10 / 50), ((0, 3), 13 / 52), ((3, 4), 13 / 52)):
+        pulls = Drift().freeze(wrapped.memory, MODEL, [client(n) for n in clients])
+        assert pulls.share == pytest.approx(share)
+    with pytest.raises(BenignMajorityError, match="all who were in the last average"):
+        Drift().freeze(wrapped.memory, MODEL, [client(n) for n in (1, 2, 3, 6)])
+
+
+@pytest.mark.parametrize("name", ["federaser", "fedrecover"])
+def test_whoever_waits_while_rounds_are_played_again_is_forgotten_with_them(name, scripted_grid):
+    grid = scripted_grid(learning(), 7)
+    wrapped = federation(name, others=everything())
+    wrapped.memory.needs = needs_of(everything())
+    _, models = play(wrapped, grid, 4)
+    wrapped.request(approximately(name, 6))
+    wrapped.request(approximately("drift", 5))
+    wrapped.request(Request(Target.CLIENT, (client(4),), "privacy", method="retrain"))
+    records, _ = play(wrapped, grid, 4, played=4, model=models[-1])
+    served = [(r.unlearning.method, r.unlearning.clients) for r in records if r.unlearning]
+    # Client 4 was promised more than a replay by estimates.
+    assert served == [(name, (client(5), client(6))), ("retrain", (client(4),))]
+
+
+def test_the_method_that_was_asked_for_serves_all_who_wait_whoever_came_first(scripted_grid):
+    grid = scripted_grid(learning(), 7)
+    wrapped = federation(Drift(strength=1e39), others=everything())
+    wrapped.memory.needs = needs_of(everything())
+    _, models = play(wrapped, grid, 3)
+    wrapped.request(approximately("drift", 6))  # is refused: the result is no model
+    wrapped.request(Request(Target.CLIENT, (client(5),), "privacy", method="retrain"))
+    records, _ = play(wrapped, grid, 3, played=3, model=models[-1])
+    served = [r.unlearning for r in records if r.unlearning and not r.unlearning.refused]
+    assert [(u.method, u.clients) for u in served] == [("retrain", (client(5), client(6)))]
+
+
+@pytest.mark.parametrize("name", ["retrain", "fedrecover", "federaser"])
+def test_clients_that_leave_during_a_plan_do_not_end_the_run(name, scripted_grid, monkeypatch):
+    grid = scripted_grid(learning(), 7)
+    wrapped = federation(name)
+    wrapped.deadline_s = 0.05
+    _, models = play(wrapped, grid, 4)
+    wrapped.forget(GONE, "privacy")
+    nodes, online = grid.get_node_ids, []
+    records = []
+
+    def leave(ask):
+        monkeypatch.setattr(grid, "get_node_ids", lambda: online)
+
+    def back(record, model):
+        records.append(record)
+        monkeypatch.setattr(grid, "get_node_ids", nodes)
+
+    run_rounds(wrapped, grid, models[-1], rounds=5, played=4, on_round=back, on_ask=leave)
+    done = records[0].unlearning
+    if name == "retrain":
+        assert "rounds made no model, too few clients answered" in done.refused
+    else:  # who does not answer is left out: it stands on what was recorded
+        assert done.refused is None
+
+
+def test_a_replay_that_most_of_those_who_stay_missed_does_not_count(scripted_grid, monkeypatch):
+    grid = scripted_grid(learning(), 7)
+    wrapped = federation("retrain")
+    _, models = play(wrapped, grid, 4)
+    wrapped.forget(GONE, "privacy")
+    nodes = [*grid.get_node_ids()]
+
+    def leave(ask):  # two of the five that stay are connected; half of five is 3
+        monkeypatch.setattr(grid, "get_node_ids", lambda: nodes[:2])
+
+    records = []
+    run_rounds(
+        wrapped, grid, models[-1], rounds=5, played=4, on_ask=leave,
+        on_round=lambda record, model: records.append(record),
+    )  # fmt: skip
+    assert "2 of the first 2 of 5 rounds made no model" in records[0].unlearning.refused
+
+
+def test_an_adaptive_rate_for_a_model_without_a_linear_layer_is_refused_at_once(scripted_grid):
+    flat = {"kernel": torch.zeros(3, 2, 2, 2), "kernel.weight": torch.ones(2, 2, 3, 3)}
+
+    def reply(partition, number, model):
+        moved = {name: tensor + 0.01 * partition for name, tensor in model.items()}
+        return messages.train_reply(moved, {"loss": 1.0}, 10)
+
+    wrapped = federation(FedUP(rate="adaptive"))
+    play(wrapped, scripted_grid(reply, 7), 2, model=flat)
+    with pytest.raises(ImpossibleRequestError, match="needs a linear layer; set a fixed rate"):
+        wrapped.forget(GONE, "privacy")
+    assert wrapped.roster.may_take_part(GONE[0])
+
+
+def test_a_budget_holds_when_its_time_has_come(scripted_grid):
+    grid = scripted_grid(late({6: 6}), 7)
+    wrapped = federation(
+        "rollback", others=everything(), rate_limit=RateLimit(rounds=5), quorum=0.5
+    )
+    wrapped.memory.needs = needs_of(everything())
+    _, models = play(wrapped, grid, 6)
+    wrapped.request(approximately("fedup", 1))
+    _, models = play(wrapped, grid, 7, played=6, model=models[-1])
+    # Client 6 joined in round 6. The next unlearning is possible in round 12, which with those
+    # after the initial model makes 12, now that the checkpoint of round 5 is gone with client 1.
+    asked = Request(Target.CLIENT, (client(6),), "privacy", method="rollback", most_rounds=11)
+    with pytest.raises(BudgetError, match="12 rounds again, and 11 are allowed"):
+        wrapped.request(asked)
+    wrapped.request(dataclasses.replace(asked, most_rounds=12))
+    monkey = wrapped.forgetting.pending[0]
+    assert monkey.most_rounds == 12
+    wrapped.forgetting.pending = [dataclasses.replace(monkey, most_rounds=11)]
+    records, _ = play(wrapped, grid, 12, played=7, model=models[-1])
+    refused = [r.unlearning.refused for r in records if r.unlearning]
+    assert refused == [
+        "rollback would play 12 rounds again by now, and 11 are allowed; ask again with more, or "
+        "for an approximate guarantee"
+    ]
+
+
+def test_a_refusal_that_cost_rounds_is_not_repeated_at_once(scripted_grid):
+    asked, deaf = [], []
+
+    def reply(partition, number, model):
+        if deaf and number <= 3:
+            asked.append(number)
+            raise RuntimeError("busy")
+        return learning()(partition, number, model)
+
+    grid = scripted_grid(reply, 7)
+    wrapped = federation("retrain", rate_limit=RateLimit(rounds=3))
+    _, models = play(wrapped, grid, 3)
+    wrapped.forget(GONE, "privacy")
+    deaf.append(True)
+    records, _ = play(wrapped, grid, 8, played=3, model=models[-1])
+    tried = [(r.number, r.unlearning.rounds_asked) for r in records if r.unlearning]
+    # At most a fifth of 4 and of 7 rounds may be void: it ends with the first, and the second.
+    assert tried == [(4, 1), (7, 2)]
+
+
+@pytest.mark.parametrize("method", ["drift", "fedrecover"])
+def test_a_majority_of_all_who_stay_is_what_counts_under_sampling(method, scripted_grid):
+    sampling = FedAvg(fraction_evaluate=0.0, fraction_train=0.6)
+    wrapped = federation(method, strategy=sampling)
+    grid = scripted_grid(learning(), 7)
+    _, models = play(wrapped, grid, 6)
+    wrapped.forget([client(n) for n in (0, 1, 2)], "privacy")
+    records, _ = play(wrapped, grid, 6, played=6, model=models[-1])
+    # Three of seven, though two of the four that stay are asked in a round.
+    assert records[0].unlearning.refused is None
