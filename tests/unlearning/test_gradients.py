@@ -101,7 +101,10 @@ def test_a_long_step_is_scaled_to_its_bound_and_a_short_one_is_not():
 
     torch.testing.assert_close(short, {"a": torch.tensor([0.6]), "b": torch.tensor([0.8])})
     assert norm(short) == pytest.approx(1)
-    assert all(torch.equal(gradients.clipped(step, 5.0)[name], step[name]) for name in step)
+    for longest in (5.0, 10.0):
+        assert all(torch.equal(gradients.clipped(step, longest)[name], step[name]) for name in step)
+    zero = {"a": torch.zeros(2)}
+    assert torch.equal(gradients.clipped(zero, 1.0)["a"], zero["a"])
 
 
 @pytest.mark.parametrize("longest", [0.0, -1.0, float("nan")])

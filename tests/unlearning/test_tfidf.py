@@ -104,11 +104,13 @@ def test_shares_add_up_to_one():
     assert float((found / rarity).sum()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-20, 7.7])
-def test_channels_that_are_all_alike_are_active_for_all(value):
-    # Sums over three samples, so that averages are rounded
-    found = tfidf_scores(table([[value] * 7, [value] * 7], count=3), 1)["conv"]
-    assert found.tolist() == [0.0] * 7
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("value", "size"), [(0.1, 3), (0.7, 7), (1 / 3, 5), (1e-20, 7)])
+def test_channels_that_are_all_alike_are_active_for_all(value, size, dtype):
+    # In float64, the mean of three times .1 is rounded to more than .1.
+    rows = torch.full((2, size), value, dtype=dtype)
+    statistics = [Statistics({"conv": row}, 1) for row in rows]
+    assert tfidf_scores(statistics, 1)["conv"].tolist() == [0.0] * size
 
 
 def test_a_class_nobody_has_counts_for_nothing():
