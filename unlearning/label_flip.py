@@ -63,7 +63,7 @@ def flipped(labels: Tensor, classes: int, generator: torch.Generator) -> Tensor:
     return ((labels.long() + away) % classes).to(labels.dtype)
 
 
-def label_flip(
+def train_on_flipped(
     model: Parameters,
     forward: Forward,
     loss: Loss,

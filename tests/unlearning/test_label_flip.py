@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from unlearning.distillation import fine_tune
 from unlearning.errors import MissingNeedError, ParametersError
-from unlearning.label_flip import flipped, label_flip
+from unlearning.label_flip import flipped, train_on_flipped
 from unlearning.partial_updates import depth_schedule, selections, shares_by_depth
 from unlearning.randomness import generator
 
@@ -34,7 +34,7 @@ def same(one, other):
 
 
 def flip(model, labels=LABELS, inputs=INPUTS, seed=0, **more):
-    return label_flip(
+    return train_on_flipped(
         model, forward, functional.cross_entropy, inputs, labels, 3,
         generator=generator(seed), batch_size=5, **more,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def test_flipping_forgets_a_class():
     model = {"head.weight": 4 * torch.eye(4)[:3], "head.bias": torch.full((3,), -8.0)}
     mine = labels == 0
 
-    found = label_flip(
+    found = train_on_flipped(
         model, forward, functional.cross_entropy, inputs[mine], labels[mine], 3,
         generator=draw, learning_rate=0.3, epochs=50,
     )  # fmt: skip
