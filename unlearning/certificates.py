@@ -90,11 +90,13 @@ def confidence_gap(gradient: Tensor, quantiser: Quantiser) -> Tensor:
     size = gradient.double().abs()
     towards, against = (size - lam) / sigma, (-size - lam) / sigma
     plus, minus, zero = probabilities(size, sigma, lam)
-    # By way of the other two where zero is all but certain, and never more than the class next to
-    # it alone would leave, for probabilities that are 0 or 1 only because numbers end there.
+    # By way of the other two where zero is all but certain. Never more than the class next to it
+    # alone would leave; that stands in for probabilities too small to be told from 0 or 1.
+    most = -towards
     resting = torch.where(
         zero < 0.5, torch.special.ndtri(zero), -torch.special.ndtri(plus + minus)
-    ).minimum(-towards)
+    ).minimum(most)
+    resting = torch.where(zero > 0, resting, most)
     best = torch.maximum(towards, resting)
     second = torch.maximum(torch.minimum(towards, resting), against)
     return best - second
