@@ -12,8 +12,8 @@ is about whether a deletion changes the model; never report "forgotten" on the o
         B' = floor(N - 36 d L^2 / (T dPhi^2)),  clipped to [0, N - 1]
 
     Where S is the sign and the opposite sign is the runner-up, R' = |g|: the distance to the flip.
-    B' has no sigma, and from dPhi of about 1 allows all samples but one to be removed, so it is
-    given as the papers' number and not as evidence.
+    B' has no sigma, and with a dPhi of 1 soon allows all samples but one to be removed, so it is
+    given as the papers' number and not as evidence (``methods`` 13).
 
 (b) **Our exact one-round check.** Without n_f of its n samples a mean gradient G changes by
 
@@ -129,7 +129,7 @@ def budget(gap: Tensor, samples: int, dimension: int, coordinates: int, lipschit
 
 
 def estimated_lipschitz(pairs: Iterable[tuple[Sample, Sample]]) -> float:
-    """Return the largest ``||g_i - g_j|| / ||x_i - x_j||`` of some pairs of samples, 64 for us.
+    """Return the largest ``||g_i - g_j|| / ||x_i - x_j||`` of pairs of samples, such as 64.
 
     An estimate from below. It is infinite for a pair of equal inputs with different gradients,
     such as two labels for one picture: then there is no L.

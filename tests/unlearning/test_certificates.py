@@ -101,9 +101,11 @@ def test_the_radius_in_the_data():
     assert float(certificates.data_radius(exactly(3.0), 16, 0.5)) == 24.0
 
 
-@pytest.mark.parametrize(("gap", "expected"), [(0.0, 0), (0.02, 0), (1.0, 599), (4.0, 599)])
+@pytest.mark.parametrize(
+    ("gap", "expected"), [(0.0, 0), (0.02, 0), (1.0, 599), (4.0, 599), (1e12, 599)]
+)
 def test_golden_budgets_all_but_one_may_go(gap, expected):
-    # 36 x 784 / 50,000 = .56448, over dPhi^2: 1411 at .02; .56 at 1; .04 at 4
+    # 36 x 784 / 50,000 = .56448, over dPhi^2: 1411 at .02; .56 at 1; .04 at 4; nothing at 1e12
     found = certificates.budget(exactly(gap), 600, 784, 50_000, 1.0)
     assert found.tolist() == [expected]
     assert found.dtype == torch.int64
@@ -259,7 +261,7 @@ def test_coordinates_that_no_sample_moves_are_certified():
 
 def test_uniform_federations_move_by_a_share_of_what_devices_do():
     # G = (4 + 1 + 1) / 3 = 2. Device a: 1/4 (4 + c) / 3; alone 2 > (4 + 19) / 12 = 1.92 but
-    # with b: + 1/2 (1 + 1) / 3 = .33 it is more.
+    # with b, which adds 1/2 (1 + 1) / 3 = .33, it is less.
     a, b, other = device([4.0], 10, 2, [19.0]), device([1.0], 6, 2, [1.0]), device([1.0], 3)
     spared = device([1.0], 6)
     assert certificates.certified([a, spared, other], SIGN)["w"].tolist() == [True]
@@ -615,8 +617,8 @@ def test_without_a_certificate_models_do_differ():
 
 
 def test_closeness_by_hand():
-    # Distances: 5, 1 and sqrt(18) + ... of (0,0) (3,4) (0,1): 5, 1, sqrt(9 + 9) = 4.2426
-    # Steps (0,0) (1,1) (0,1): sqrt 2, 1, 1. Ratios .2828, 1, .2357. C = 1, d = 5, K = 3.
+    # (0, 0), (3, 4), (0, 1) are 5, 1 and sqrt(18) = 4.24 apart; their signs (0, 0), (1, 1), (0, 1)
+    # sqrt(2), 1 and 1. The ratios are .283, 1 and .236, so C = 1, d = 5, K = 3.
     gradients = [doubles(0, 0), doubles(3, 4), doubles(0, 1)]
     steps = [pcmu.directions(g, Quantiser(alpha=1.0)) for g in gradients]
     found = certificates.closeness(gradients, steps, 0.5)
