@@ -167,6 +167,7 @@ class PlanRounds:
 
         A round of training that too few answered does not count: nothing is returned then.
         """
+        self.asks += 1
         if ask.action == messages.TRAIN:
             try:
                 outgoing, expected = self._train(ask)
@@ -191,7 +192,6 @@ class PlanRounds:
         self.rejected = dict(screened.rejected)
         for client, reason in screened.rejected.items():
             log.warning("%s: answer of %s not used: %s", ask.action, client, reason)
-        self.asks += 1
         size = byte_size([ask.arrays]) if ask.arrays is not None else 0
         back = len(screened.answers) if schema is not None else 0
         self.bytes_sent += size * (len(outgoing) + back)
@@ -229,7 +229,8 @@ class PlanRounds:
         strategy = self.strategy if ask.mean else everybody(self.strategy)
         with seeded_sampling(self._seed, number):
             outgoing = list(strategy.configure_train(number, arrays, config, visible))
-        connected = len(list(visible.get_node_ids()))
+        there = self._directory.refresh(self._grid).values()
+        connected = len(set(ask.to) & set(there))
         return outgoing, len(outgoing) * len(ask.to) // max(1, connected)
 
     def _other(self, ask: Ask) -> list[Message]:
