@@ -26,6 +26,7 @@ from unlearning.errors import (
     MissingNeedError,
     ParametersError,
     RefusedRequestError,
+    SecateurError,
 )
 from unlearning.history import shares
 from unlearning.parameters import (
@@ -94,6 +95,10 @@ class Rounds(Archive):
                 raise ParametersError(
                     f"{path} is not the name of a round: they are round-0001, round-0002 and so on"
                 )
+
+
+MOST_ROUNDS = 10**6
+"""No federation has as many; every one up to the last is looked for."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +274,11 @@ def read_case(
 def _read_history(folder: Path, like: SavedModel, tell: Tell) -> Rounds:
     rounds = Rounds(_folder(folder, "recorded rounds"), tell)
     rounds.check_names()
+    if rounds.rounds and rounds.rounds[-1] > MOST_ROUNDS:
+        raise SecateurError(
+            f"{rounds.folder}: round {rounds.rounds[-1]} is no round's number; they go from 1 to "
+            f"{MOST_ROUNDS}"
+        )
     if not rounds.rounds:
         raise MissingNeedError(
             f"{folder} holds no round; it must hold round-0001/{GLOBAL}{SUFFIX} and "

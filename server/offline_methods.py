@@ -126,7 +126,9 @@ class NegativeGradients(Method):
             return done(Unlearned(retained, settings=found, warnings=(f"{warning} of theirs",)))
         gone = frozenset(case.forgotten)
         model = negative_gradients.delta(retained, history, gone, self.strength)
-        return done(Unlearned(model, settings=found))
+        absent = gone.isdisjoint(clients_of(history))
+        warning = "nothing was subtracted: they took part in no round before the last"
+        return done(Unlearned(model, settings=found, warnings=(warning,) if absent else ()))
 
 
 class ScaleToUnlearn(Asking):

@@ -56,6 +56,9 @@ class Pruning(Ordered):
         masks = self._masks(case, retained, names, rate, score)
         if rate > 0 and score != "natural" and not any(bool(mask.any()) for mask in masks.values()):
             warnings.append("nothing was zeroed: the clients agree with the others on every weight")
+        for name, mask in masks.items():
+            if bool(mask.all()) and mask.numel():
+                warnings.append(f"all of {name} was zeroed: nothing of it is left to recover from")
         return done(
             Unlearned(
                 fedup.prune(retained, masks),

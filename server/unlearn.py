@@ -97,7 +97,7 @@ def unlearn(
     lab = None
     if data is not None and task:
         lab = lab_of(data, task, model, labelled=Need.ROOT in chosen.needs(method))
-    check_needs(method, chosen, history, lab)
+    check_needs(method, chosen, history, lab, answers)
     with progress(as_json) as tell, prepared(None if lab else 1):
         case = read_case(before, locals_, names, history=history, lab=lab, tell=tell)
         if method in NEED_MAJORITY:
@@ -169,7 +169,11 @@ def check_out(
     folders
         Locals, history and answers.
     """
-    place = out.resolve()
+    try:
+        place = out.resolve()
+        out.exists()
+    except OSError as error:
+        raise SecateurError(f"--out {out} cannot be written: {error.strerror}") from error
     locals_, *rounds = (folder.resolve() if folder is not None else None for folder in folders)
     if not place.parent.is_dir() or (place.exists() and not place.is_file()):
         why = "is a folder" if place.is_dir() else "is no file"
@@ -188,10 +192,14 @@ def check_out(
 
 
 def check_needs(
-    name: str, method: "Method", history: Path | None, lab: "Callable[..., ServerLab] | None"
+    name: str,
+    method: "Method",
+    history: Path | None,
+    lab: "Callable[..., ServerLab] | None",
+    answers: Path | None,
 ) -> None:
     """Raise ``MissingNeedError`` with all that has to be given for a method and is not."""
-    from server.offline_settings import OPTIONS  # noqa: PLC0415
+    from server.offline_settings import OPTIONS, Asking  # noqa: PLC0415
 
     lacking = {OPTIONS[need] for need in method.needs(name)}
     if history is not None:
@@ -199,6 +207,8 @@ def check_needs(
     if lab is not None:
         lacking = {option for option in lacking if not option.startswith("--data")}
     if lacking:
+        if isinstance(method, Asking) and answers is None:
+            lacking.add("--answers DIR")
         options = " and ".join(sorted(lacking, reverse=True))
         raise MissingNeedError(f"{name} needs more than the last round: give {options}")
 

@@ -267,7 +267,10 @@ def _difference(path: Path, wanted: Mapping[str, Any]) -> str:
     if found == wanted:
         return ""
     ours, theirs = dict(_flat(wanted)), dict(_flat(found))
+    # Texts that follow from the settings say nothing that these do not.
+    told_by_others = {"summary", "ready-methods"}
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    keys = [key for key in keys if key not in told_by_others] or keys
     told = ", ".join(f"{key} = {theirs.get(key)} instead of {ours.get(key)}" for key in keys[:3])
     return f"is of another comparison: {told}{' and more' if len(keys) > 3 else ''}"
 

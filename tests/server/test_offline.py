@@ -1089,3 +1089,42 @@ def test_the_example_of_the_page_works_as_it_stands(tmp_path, monkeypatch, capsy
         "drift.safetensors",
     )
     assert (code, err) == (0, "")
+
+
+def test_a_subtraction_of_nothing_says_so(here, capsys):
+    for number in (1, 2):
+        for name in ("bob", "eve"):
+            (here / f"history/round-{number:04d}/{name}.safetensors").unlink(missing_ok=True)
+    report, model = unlearn(capsys, "negative-gradients", *HISTORY)
+    assert (
+        "nothing was subtracted: they took part in no round before the last" in report["warnings"]
+    )
+    call(capsys, "natural", *USUAL, "--forget", "bob,eve", "--force")
+    assert same(model, load_file("out.safetensors"))
+
+
+def test_a_whole_tensor_that_is_zeroed_is_told(here, capsys):
+    report, model = unlearn(capsys, "fedup", "--set", "rate=1")
+    zeroed = [name for name, count in report["zeroed"].items() if count == model[name].numel()]
+    told = [w for w in report["warnings"] if w.startswith("all of ")]
+    assert told == [f"all of {n} was zeroed: nothing of it is left to recover from" for n in zeroed]
+    assert told
+
+
+def test_numbers_that_no_round_has_are_refused(here, capsys):
+    (here / "history/round-0003").rename(here / "history/round-99999999999999999999")
+    for name in ("negative-gradients", "drift", "natural"):
+        code, _, err = call(capsys, name, *USUAL, *HISTORY, "--forget", "bob")
+        assert (code, "they go from 1 to 1000000" in err) == (1, True)
+        assert not (here / "out.safetensors").exists()
+
+
+def test_a_name_that_no_file_can_have_is_refused(here, capsys):
+    arguments = ("--before", "before.safetensors", "--locals", "locals", "--forget", "bob")
+    code, _, err = call(capsys, "natural", *arguments, "--out", "a" * 300 + ".safetensors")
+    assert (code, err.count("\n"), "cannot be written: File name too long" in err) == (1, 1, True)
+
+
+def test_all_that_is_missing_is_told_at_once(here, capsys):
+    _, _, err = call(capsys, "federaser", *USUAL, "--forget", "bob")
+    assert "give --history DIR and --answers DIR" in err
