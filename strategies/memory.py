@@ -384,14 +384,13 @@ class Memory:
             (home / f"{_round(played)}{SUFFIX}").unlink(missing_ok=True)
 
     def _add_to_ledger(self, used: LastRound) -> None:
-        rows = drift.updated_rows(
-            self.ledger, used.locals_, used.weights, self.forgetting, used.locals_.keys()
-        )
-        home = self._home("ledger", used.locals_.values())
+        sent, weights = used.locals_, used.weights
+        home = self._home("ledger", sent.values())
         if home is None:
-            self.ledger = {**self.ledger, **dict(rows)}
+            self.ledger = drift.updated(self.ledger, sent, weights, self.forgetting)
             return
         self.ledger = self._kept_clients("ledger", self.ledger)
+        rows = drift.updated_rows(self.ledger, sent, weights, self.forgetting, sent.keys())
         for client, row in rows:  # one at a time in memory
             save_model(home / file_name(client), row)
         self.ledger = saved_clients(home)

@@ -155,7 +155,6 @@ class BatchedTraining:
         }
         return Trained(everything, schedule.last_epoch(losses))
 
-    # ------------------------------------------------------------ one step
     # ------------------------------------------------------------ data and masks
     def _chunk_data(self, jobs: Sequence[Job]) -> "_ChunkData":
         key = tuple(id(job.examples) for job in jobs)
