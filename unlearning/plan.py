@@ -34,6 +34,9 @@ class Ask:
     """Model sent along, if any."""
     config: Mapping[str, Scalar] = field(default_factory=dict)
     """Settings sent along."""
+    expects: Parameters | None = None
+    """Names, shapes and dtypes of the arrays that are to come back, where they are not a model of
+    the form of ``arrays``."""
     mean: bool = False
     """Whether the answers are wanted for the federation's average only. Whoever carries the ask
     may then hand over one answer for many clients, if that average is a weighted mean."""

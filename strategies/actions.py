@@ -1,0 +1,242 @@
+"""What a server may ask of a client besides training: the settings of every client action.
+
+An action's settings travel in ``config`` and are validated on both sides by the same model. A
+``train.<step>`` is answered with a model of the global model's form, a ``query.<question>`` with
+metrics and, where ``Ask.expects`` says so, arrays of another form.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from unlearning import ascent, label_flip
+from unlearning.parameters import Parameters
+from unlearning.partial_updates import FEW, MANY, Pattern
+from unlearning.plan import Scalar
+
+SEPARATOR = "/"
+"""Between a group and a tensor's name, where one record carries tensors of several kinds."""
+
+
+def joined(**groups: Parameters) -> dict[str, Tensor]:
+    """Return several groups of tensors as one, to be sent in one record."""
+    return {
+        f"{group}{SEPARATOR}{name}": tensor
+        for group, tensors in groups.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def parted(tensors: Parameters) -> dict[str, dict[str, Tensor]]:
+    """Return the groups that ``joined`` put together."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        group, _, own = name.partition(SEPARATOR)
+        groups.setdefault(group, {})[own] = tensor
+    return groups
+
+
+class Action(BaseModel):
+    """Settings of one action."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+    )
+
+    action: ClassVar[str]
+    """Message type."""
+
+    def config(self) -> dict[str, Scalar]:
+        """Return the settings as they travel."""
+        return self.model_dump(by_alias=True)
+
+
+PATTERN = r"[0-9a-f]{32}"
+"""A token is 128 random bits; it says nothing of the row it stands for."""
+
+
+class Selection(Action):
+    """Which of its rows a client is to forget; every action that forgets says so."""
+
+    forget: Literal["all", "class", "samples"]
+    """All that the client has, the rows of a class, or those that tokens stand for."""
+    forget_class: int = -1
+    """Of ``class``: its number, at least 0."""
+    forget_tokens: str = Field("", pattern=rf"^({PATTERN}(,{PATTERN})*)?$")
+    """Of ``samples``: tokens, separated by commas. A client passes over those that it does not
+    know: they are another client's."""
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> Self:
+        if (self.forget == "class") != (self.forget_class >= 0):
+            raise ValueError("a class is forgotten by its number, from 0 on")
+        if (self.forget == "samples") != bool(self.forget_tokens):
+            raise ValueError("samples are forgotten by their tokens")
+        return self
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Return the tokens."""
+        return tuple(self.forget_tokens.split(",")) if self.forget_tokens else ()
+
+
+class Forget(Selection):
+    """Never train on the selected rows again, also after a restart or a new import of the data.
+
+    The answer's metric ``rows`` says how many there are.
+    """
+
+    action = "query.forget"
+
+
+class Ascend(Selection):
+    """Climb the loss on the selected rows inside a ball (UN, PGA; ``methods`` 2.12).
+
+    Comes with ``joined(reference=w_ref, leaver=w_k)``.
+    """
+
+    action = "train.ascend"
+
+    radius: float = Field(ge=0, allow_inf_nan=False)
+    epochs: int = Field(ascent.EPOCHS, ge=1)
+    learning_rate: float = Field(ascent.LEARNING_RATE, ge=0)
+    momentum: float = Field(ascent.MOMENTUM, ge=0, lt=1)
+    longest: float = Field(ascent.LONGEST, gt=0)
+    farthest: float = Field(ascent.FARTHEST, gt=0)
+    batch_size: int = Field(32, ge=1)
+    floor: float = Field(0.12, ge=0, le=1)
+    """Accuracy on the client's own test rows under which it stops."""
+
+
+class Partial(Selection):
+    """What ascent and label flipping have in common (``methods`` 6.3, 6.4)."""
+
+    partial: bool = True
+    """Whether a step moves only some entries of a layer; otherwise the naive twin."""
+    first: float = Field(ge=0, le=1)
+    """Share of the first layer's entries that a step moves."""
+    last: float = Field(ge=0, le=1)
+    """Share of the last layer's."""
+    pattern: Pattern = "comb"
+    epochs: int = Field(label_flip.EPOCHS, ge=1)
+    batch_size: int = Field(label_flip.BATCH_SIZE, ge=1)
+    learning_rate: float = Field(ge=0)
+    forgotten: float = Field(ascent.FORGOTTEN, ge=0, le=1)
+    """Accuracy on the selected rows at which it stops."""
+
+
+class Ascent(Partial):
+    """Gradient ascent on the selected rows (``methods`` 6.4)."""
+
+    action = "train.ascent"
+
+    first: float = Field(FEW, ge=0, le=1)
+    last: float = Field(MANY, ge=0, le=1)
+    learning_rate: float = Field(ascent.PARTIAL_RATE, ge=0)
+    longest: float = Field(ascent.LONGEST, gt=0)
+
+
+class LabelFlip(Partial):
+    """Training on the selected rows with wrong labels (``methods`` 6.3)."""
+
+    action = "train.label-flip"
+
+    first: float = Field(MANY, ge=0, le=1)
+    last: float = Field(FEW, ge=0, le=1)
+    learning_rate: float = Field(label_flip.LEARNING_RATE, ge=0)
+
+
+class Amnesiac(Selection):
+    """Subtract the updates of all batches that held a selected row (``methods`` 6.1, 6.2, 6.6).
+
+    Answered with ``w - Z_k``. Needs a client that keeps a batch log.
+    """
+
+    action = "train.amnesiac"
+
+
+class MacForget(Selection):
+    """Move the posterior of the selected rows to that of unseen ones (``methods`` 2.9)."""
+
+    action = "train.macforget"
+
+    steps: int = Field(20, ge=1)
+    learning_rate: float = Field(0.01, ge=0)
+    share: float = Field(0.1, ge=0, le=1)
+    """Of each prunable tensor's entries, those with the largest gradients, that a step moves."""
+    penalty: float = Field(1e-4, ge=0)
+    """Weight of the L1 norm of the masked gradient."""
+
+
+class Statistics(Selection):
+    """Sums over the selected rows and over the others (``methods`` 2.11, 5).
+
+    The answer carries ``joined(forget=..., remain=...)`` and the metrics ``forget-count`` and
+    ``remain-count``; of ``classes``, ``joined(**{"0": ..., "1": ...})`` with ``count-0``, ... .
+    """
+
+    action = "query.statistics"
+
+    kind: Literal["fisher", "activations", "gradients", "classes"]
+    """Squared gradients of every trained tensor; channel activations; integrated gradients of
+    channels, of the selected rows only; channel activations class by class."""
+    most_samples: int = Field(2000, ge=1)
+    """Rows of either set that are enough, of every class the same number."""
+
+
+class Curvature(Selection):
+    """The last layer's Hessian and gradient for the infinitesimal jackknife (``methods`` 2.14).
+
+    The answer carries ``joined(hessian={layer: ...}, gradient={layer: ...})``, sums over all rows
+    and over the selected ones, and the metrics ``count`` and ``forget-count``.
+    """
+
+    action = "query.curvature"
+
+
+class Rapid(Action):
+    """One round of training with steps scaled by curvature (Rapid Retraining, ``methods`` 2.8)."""
+
+    action = "train.rapid"
+
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    damping: float = Field(1e-2, gt=0)
+    block: int = Field(3, ge=1)
+    rapid_rate: float = Field(1e-3, gt=0)
+    fisher: Literal["batch", "per_sample"] = "batch"
+
+
+class Noisy(Action):
+    """One round of noisy full-batch descent (``methods`` 2.15)."""
+
+    action = "train.noisy"
+
+    noisy_rate: float = Field(0.1, gt=0)
+    decay: float = Field(1e-4, ge=0)
+    clip: float = Field(1.0, gt=0)
+    """Bound c on the norm of a sample's gradient."""
+    noise: float = Field(1e-3, ge=0)
+    """Standard deviation s."""
+    steps: int = Field(1, ge=1)
+
+
+class Rcad(Action):
+    """One round of training with uncertainty on perturbed rows (RCAD, ``methods`` 2.13)."""
+
+    action = "train.rcad"
+
+    strength: float = Field(0.2, ge=0)
+    """Lambda."""
+    radius: float = Field(1.0, ge=0)
+    """Alpha, the norm of a row's perturbation."""
+
+
+def read(kind: type[Action], config: Mapping[str, object]) -> Action:
+    """Return the settings of an action as a client got them."""
+    return kind.model_validate(dict(config))
