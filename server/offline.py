@@ -35,7 +35,6 @@ from unlearning.parameters import (
     check_finite,
     trained_names,
     weighted_mean,
-    weighted_means,
 )
 
 Tell = Callable[[str], None]
@@ -143,12 +142,6 @@ class Case:
         self.tell(f"averaging {len(clients)} of {len(self.locals_)} models")
         models = [self.locals_[client] for client in clients]
         return weighted_mean(models, [model.weight for model in models])
-
-    def averages(self, clients: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return the average by their examples, and the plain one, in one reading."""
-        self.tell(f"averaging {len(clients)} of {len(self.locals_)} models")
-        models = [self.locals_[client] for client in clients]
-        return weighted_means(models, [[model.weight for model in models], [1.0] * len(models)])
 
     def recorded(self) -> Rounds:
         """Return all rounds; a method that needs them is not run without.

@@ -46,12 +46,9 @@ class Pruning(Ordered):
         if self.prune_bias:
             biases = (name.removesuffix("weight") + "bias" for name in names)
             names += tuple(name for name in biases if name in case.before)
-        retained, middle = case.averages(case.others)
+        retained = case.average(case.others)
         case.tell("comparing clients")
-        percentiles = fedup.conflict_percentiles(
-            case.locals_, case.before, case.forgotten, names, middle
-        )
-        del middle  # as large as the model
+        percentiles = fedup.conflict_percentiles(case.locals_, case.before, case.forgotten, names)
         warnings += false_positives(percentiles)
         masks = self._masks(case, retained, names, rate, score)
         if rate > 0 and score != "natural" and not any(bool(mask.any()) for mask in masks.values()):

@@ -108,7 +108,7 @@ def unlearn(
         # As ``before`` is: an order of layers that it does not tell is a guess, and stays one.
         told = {k: v for k, v in case.before.metadata.items() if k not in (WEIGHT, TOTAL)}
         save_model(out, unlearned.model, metadata=told)
-    zeroed = {name: int(mask.sum()) for name, mask in unlearned.masks.items()}
+        zeroed = {name: int(mask.count_nonzero()) for name, mask in unlearned.masks.items()}
     entry = METHODS[method]
     report = {
         "method": method,

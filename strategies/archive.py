@@ -107,20 +107,44 @@ class SavedModel(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor."""
         place = self._places[name]
+        # Memory of its own: mapped pages would stay for as long as any tensor of the file does.
         content = torch.empty(place.size, dtype=torch.uint8)
+        self._read(content, place.start)
+        return self._widened(content.view(place.dtype).view(place.shape))
+
+    def form(self, name: str) -> Tensor:
+        """Return what one tensor is like, without content; reads nothing."""
+        place = self._places[name]
+        wide = self.wide and place.dtype in HALVES
+        dtype = torch.float32 if wide else place.dtype
+        return torch.empty(place.shape, dtype=dtype, device="meta")
+
+    def stretch(self, name: str, start: int, stop: int, scratch: Tensor) -> Tensor:
+        """Read some entries of a tensor, flattened, into memory that is there already.
+
+        ``scratch`` is a vector of bytes with room for them; what is returned may lie in it.
+        """
+        place = self._places[name]
+        content = scratch[: (stop - start) * place.dtype.itemsize]
+        self._read(content, place.start + start * place.dtype.itemsize)
+        return self._widened(content.view(place.dtype))
+
+    def _widened(self, tensor: Tensor) -> Tensor:
+        return tensor.float() if self.wide and tensor.dtype in HALVES else tensor
+
+    def _read(self, content: Tensor, start: int) -> None:
         left = content.numpy().data
         try:
-            # Memory of its own: mapped pages would stay for as long as any tensor of the file does.
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(place.start)
-                while left and (read := file.readinto(left)):  # 2 GB at most at a time
-                    left = left[read:]
+            file = os.open(self.path, os.O_RDONLY)
+            try:
+                while left and (read := os.preadv(file, [left], start)):  # 2 GB at most at a time
+                    left, start = left[read:], start + read
+            finally:
+                os.close(file)
         except OSError as error:
             raise ParametersError(f"{self.path} cannot be read: {error.strerror}") from error
         if left:
             raise ParametersError(f"{self.path} became shorter while it was read; read it again")
-        tensor = content.view(place.dtype).view(place.shape)
-        return tensor.float() if self.wide and place.dtype in HALVES else tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self._places  # a Mapping's own way is to read the tensor

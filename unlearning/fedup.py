@@ -28,10 +28,11 @@ from torch import Tensor
 
 from unlearning.errors import BenignMajorityError, ParametersError
 from unlearning.parameters import (
+    STRETCH,
     Parameters,
     check_alike,
     check_finite,
-    mean_tensor,
+    stretches,
     top_count,
     top_mask,
 )
@@ -122,7 +123,7 @@ def conflict_mask(
             mask = torch.zeros_like(mask)
         elif score != "abs":
             ranked_by = _scores(score, name, dis, weight, flagged, generator)
-            mask = top_mask(ranked_by, int(mask.sum()))
+            mask = top_mask(ranked_by, int(mask.count_nonzero()))
         masks[name] = mask
     return masks
 
@@ -233,7 +234,6 @@ def conflict_percentiles(
     previous: Parameters,
     flagged: Collection[str],
     names: Sequence[str],
-    average: Parameters | None = None,
 ) -> dict[str, float]:
     """Return, per flagged client, the share of retained clients with a lower conflict score.
 
@@ -242,19 +242,23 @@ def conflict_percentiles(
     mean of the other retained ones, so that nobody is compared to itself (``methods`` 1.6):
     without its own model the mean of n is ``n / (n - 1)`` times as far from it. A value below
     ``FALSE_POSITIVE_PERCENTILE`` suggests that the client was flagged by mistake. Empty where
-    fewer than two clients are retained. Whoever has b already gives it as ``average``.
+    fewer than two clients are retained.
     """
     others = sorted(locals_.keys() - set(flagged))
     if len(others) < 2:
         return {}
-    scores = dict.fromkeys([*others, *sorted(flagged)], 0.0)
-    retained = [locals_[client] for client in others]
+    clients = [*others, *sorted(flagged)]
+    totals = torch.zeros(len(clients), dtype=torch.float64)
+    scratch = torch.empty(len(clients), STRETCH)
     for name in names:
-        middle = mean_tensor(name, retained) if average is None else average[name]
-        weight, conflict = previous[name].abs(), torch.empty_like(middle)
-        for client in scores:
-            torch.sub(locals_[client][name], middle, out=conflict)
-            scores[client] += float(conflict.square_().mul_(weight).sum())
+        weights = previous[name].reshape(-1).abs()
+        for part, pieces in stretches(name, [locals_[client] for client in clients]):
+            models = scratch[:, : part.stop - part.start]
+            for row, piece in zip(models, pieces, strict=True):
+                row.copy_(piece)
+            conflict = models.sub_(models[: len(others)].mean(dim=0)).square_()
+            totals += torch.mv(conflict, weights[part])
+    scores = dict(zip(clients, totals.tolist(), strict=True))
     farther = (len(others) / (len(others) - 1)) ** 2
     left_out = [farther * scores[client] for client in others]
     return {

@@ -5,7 +5,7 @@ float32; buffers keep their own dtype. No function here writes to its inputs.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -69,21 +69,9 @@ def weighted_mean(models: Sequence[Parameters], weights: Sequence[float]) -> dic
     weights
         One non-negative number a model, not all zero.
     """
-    return weighted_means(models, [weights])[0]
-
-
-@torch.no_grad()
-def weighted_means(
-    models: Sequence[Parameters], weightings: Sequence[Sequence[float]]
-) -> list[dict[str, Tensor]]:
-    """Average the same models by several weights at once; each tensor is looked up once."""
-    shares = [_shares(len(models), weights) for weights in weightings]
+    shares = _shares(len(models), weights)
     _check_names(models)
-    averages: list[dict[str, Tensor]] = [{} for _ in shares]
-    for name in models[0]:
-        for average, tensor in zip(averages, _means_of(name, models, shares), strict=True):
-            average[name] = tensor
-    return averages
+    return {name: _mean_of(name, models, shares) for name in models[0]}
 
 
 def _shares(models: int, weights: Sequence[float]) -> list[float]:
@@ -95,24 +83,61 @@ def _shares(models: int, weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _means_of(
-    name: str, models: Sequence[Parameters], shares: Sequence[Sequence[float]]
-) -> list[Tensor]:
-    # A model in a file reads a tensor every time that it is looked up. It is let go before the
-    # next one: memory that is new to the process takes longer to get than to fill.
-    first = models[0][name]
-    form = torch.empty_like(first, device="meta")
-    totals = [_as_float(first) * share[0] for share in shares]
-    part = torch.empty_like(totals[0])
-    del first
-    for place, model in enumerate(models[1:], start=1):
-        tensor = model[name]
-        _check_form(name, form, tensor)
-        for total, share in zip(totals, shares, strict=True):
-            torch.mul(_as_float(tensor), share[place], out=part)
-            total.add_(part)
-        del tensor
-    return totals if form.is_floating_point() else [_rounded(total, form) for total in totals]
+@torch.no_grad()
+def _mean_of(name: str, models: Sequence[Parameters], shares: Sequence[float]) -> Tensor:
+    like = _common_form(name, models)
+    dtype = like.dtype if like.is_floating_point() else torch.float64
+    total = torch.empty(like.numel(), dtype=dtype)
+    scratch = torch.empty(min(STRETCH, like.numel()), dtype=dtype)
+    for part, pieces in stretches(name, models):
+        added, scaled = total[part], scratch[: part.stop - part.start]
+        torch.mul(next(pieces).to(dtype), shares[0], out=added)
+        for piece, share in zip(pieces, shares[1:], strict=True):
+            torch.mul(piece.to(dtype), share, out=scaled)
+            added.add_(scaled)
+    total = total.view(like.shape)
+    return total if like.is_floating_point() else total.round().to(like.dtype)
+
+
+def _common_form(name: str, models: Sequence[Parameters]) -> Tensor:
+    first = form(models[0], name)
+    for other in models[1:]:
+        _check_form(name, first, form(other, name))
+    return first
+
+
+STRETCH = 1 << 16
+"""Entries of a tensor that are computed with at a time: what a processor keeps at hand."""
+
+
+def stretches(name: str, models: Sequence[Parameters]) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+    """Yield one tensor of several models piece by piece, flattened.
+
+    Yields
+    ------
+    tuple
+        Which entries, and them in model after model, to be read in this order. A piece holds until
+        the next is read: models in files share memory for it, which is faster to fill than new
+        memory is to get.
+    """
+    like = form(models[0], name)
+    scratch = torch.empty(min(STRETCH, like.numel()) * like.element_size(), dtype=torch.uint8)
+    for start in range(0, like.numel(), STRETCH):
+        part = slice(start, min(start + STRETCH, like.numel()))
+        yield part, (_stretch(model, name, part, scratch) for model in models)
+
+
+def form(model: Parameters, name: str) -> Tensor:
+    """Return a tensor of a model, or one without content that has its shape and dtype."""
+    found: Tensor = model.form(name) if hasattr(model, "form") else model[name]
+    return found
+
+
+def _stretch(model: Parameters, name: str, part: slice, scratch: Tensor) -> Tensor:
+    if hasattr(model, "stretch"):
+        found: Tensor = model.stretch(name, part.start, part.stop, scratch)
+        return found
+    return model[name].reshape(-1)[part]
 
 
 def mean(models: Sequence[Parameters]) -> dict[str, Tensor]:
@@ -120,10 +145,9 @@ def mean(models: Sequence[Parameters]) -> dict[str, Tensor]:
     return weighted_mean(models, [1.0] * len(models))
 
 
-@torch.no_grad()
 def mean_tensor(name: str, models: Sequence[Parameters]) -> Tensor:
     """Return one tensor of ``mean``, without looking at the others."""
-    return _means_of(name, models, [_shares(len(models), [1.0] * len(models))])[0]
+    return _mean_of(name, models, _shares(len(models), [1.0] * len(models)))
 
 
 def difference(model: Parameters, start: Parameters) -> dict[str, Tensor]:
@@ -220,11 +244,3 @@ def top_mask(scores: Tensor, count: int) -> Tensor:
         ties = torch.nonzero(values == threshold).reshape(-1)
         mask[ties[: count - int(mask.sum())]] = True
     return mask.reshape(scores.shape)
-
-
-def _as_float(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_floating_point() else tensor.double()
-
-
-def _rounded(value: Tensor, like: Tensor) -> Tensor:
-    return value.round().to(like.dtype)

@@ -119,6 +119,21 @@ def test_a_schema_tells_forms_and_reads_nothing(tmp_path):
     assert all(tensor.is_meta for tensor in schema.values())
 
 
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_a_stretch_is_the_part_of_the_tensor_and_a_form_is_what_it_is_like(dtype, wide, tmp_path):
+    model = {"a": torch.arange(3.0), "w": torch.arange(12.0).reshape(3, 4).to(dtype)}
+    save_model(tmp_path / "m.safetensors", model)
+    saved = SavedModel(tmp_path / "m.safetensors", wide=wide)
+    scratch = torch.empty(100, dtype=torch.uint8)
+    found = saved.stretch("w", 5, 9, scratch)
+    assert torch.equal(found, saved["w"].reshape(-1)[5:9])
+    assert found.dtype == saved["w"].dtype == saved.form("w").dtype == torch.float32
+    assert saved.form("w").shape == (3, 4)
+    (tmp_path / "m.safetensors").write_bytes(b"")
+    with pytest.raises(ParametersError, match="became shorter"):
+        saved.stretch("w", 5, 9, scratch)
+
+
 def test_names_are_known_without_reading(tmp_path):
     save_model(tmp_path / "m.safetensors", MODEL)
     found, other = (SavedModel(tmp_path / "m.safetensors") for _ in "12")

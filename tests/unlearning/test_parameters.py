@@ -62,6 +62,9 @@ class Counted(dict):
         self.reads += 1
         return super().__getitem__(name)
 
+    def form(self, name):
+        return torch.empty_like(super().__getitem__(name), device="meta")
+
 
 def test_an_average_looks_each_tensor_up_once_and_writes_to_none():
     models = [Counted(w=torch.full((2,), float(k)), n=torch.tensor(k)) for k in range(4)]
@@ -69,6 +72,18 @@ def test_an_average_looks_each_tensor_up_once_and_writes_to_none():
     assert [model.reads for model in models] == [2, 2, 2, 2]
     assert found["w"].tolist() == [2.0, 2.0]  # (0 + 2 + 6 + 12) / 10
     assert [model["w"].tolist() for model in models] == [[float(k)] * 2 for k in range(4)]
+
+
+def test_a_tensor_longer_than_a_stretch_is_averaged_whole():
+    # Scaled, then added, model after model: the order of Flower's FedAvg, to the last bit.
+    draw = torch.Generator().manual_seed(1)
+    size = 2 * p.STRETCH + 5
+    models = [{"w": torch.randn(size, generator=draw).reshape(1, size)} for _ in range(3)]
+    shares = [1 / 6, 2 / 6, 3 / 6]
+    expected = models[0]["w"] * shares[0]
+    expected = expected + models[1]["w"] * shares[1]
+    expected = expected + models[2]["w"] * shares[2]
+    assert torch.equal(p.weighted_mean(models, [1, 2, 3])["w"], expected)
 
 
 def test_norm_and_difference_leave_buffers_out():
