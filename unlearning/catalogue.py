@@ -1,97 +1,27 @@
 """Every unlearning method: what it needs, whom it serves, what it promises (``methods`` 10.1)."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Literal
 
-Guarantee = Literal["exact", "conditional", "none"]
-"""``exact``: the model is as if the target had never taken part. ``conditional``: proven under
-conditions that are checked. ``none``: shown by measurement only."""
+from unlearning.entry import DATA, IMPLIED, RECORDED, Entry, Guarantee, Need, Target
+from unlearning.holders import HOLDERS
 
-
-class Need(StrEnum):
-    """State or help that a method may need; absence is a refusal, never a guess (``methods`` 0)."""
-
-    INITIAL = "initial model"
-    LAST = "last round"
-    LEDGER = "ledger of each client's pull"
-    SAMPLED_HISTORY = "history of some rounds"
-    HISTORY = "history of every round"
-    CHECKPOINTS = "checkpoints"
-    ROOT = "labelled server data"
-    UNLABELLED = "unlabelled server data"
-    RETAINED = "retained clients answer"
-    TARGET = "target answers"
-
-
-RECORDED = frozenset(
-    {
-        Need.INITIAL,
-        Need.LAST,
-        Need.LEDGER,
-        Need.SAMPLED_HISTORY,
-        Need.HISTORY,
-        Need.CHECKPOINTS,
-    }
-)
-"""Needs that the server must have recorded while it trained; nothing can make up for them later."""
-IMPLIED = {
-    Need.HISTORY: frozenset({Need.SAMPLED_HISTORY, Need.INITIAL}),
-    Need.SAMPLED_HISTORY: frozenset({Need.INITIAL}),
-}
-"""What is there wherever something else is."""
-
-
-class Target(StrEnum):
-    """What may be asked to be forgotten."""
-
-    CLIENT = "client"
-    CLASS = "class"
-    SAMPLES = "samples"
-    BACKDOOR = "backdoor"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One method.
-
-    Attributes
-    ----------
-    safe
-        Whether the target can neither steer nor stop it: it computes and reports nothing.
-    several
-        Whether it forgets several clients at once.
-    events
-        Whether it serves several requests at once, each with what was frozen for it.
-    rounds
-        Rounds of the federation that it takes, in words.
-    stored
-        What the server stores for it, in models; K clients, R rounds.
-    replays
-        Whether it plays past rounds again; whoever waits to be forgotten takes no part in them.
-    routed
-        Whether ``route`` may choose it; the others are there for comparison, by name.
-    """
-
-    summary: str
-    needs: frozenset[Need]
-    targets: frozenset[Target]
-    guarantee: Guarantee
-    safe: bool
-    rounds: str
-    stored: str
-    source: str
-    section: str
-    several: bool = True
-    events: bool = True
-    replays: bool = False
-    routed: bool = True
-
+__all__ = [
+    "DATA",
+    "HOLDERS",
+    "METHODS",
+    "RECORDED",
+    "SERVER",
+    "Entry",
+    "Guarantee",
+    "Need",
+    "Target",
+    "missing",
+    "with_implied",
+]
 
 _CLIENTS = frozenset({Target.CLIENT, Target.BACKDOOR})
 
-METHODS: dict[str, Entry] = {
+SERVER: dict[str, Entry] = {
     "fedup": Entry(
         "Zero the large weights on which the forgotten and the others disagree most, then recover",
         frozenset({Need.LAST, Need.RETAINED}),
@@ -118,7 +48,7 @@ METHODS: dict[str, Entry] = {
     "not": Entry(
         "Negate the first layer, which knocks the model out of its basin, then recover",
         frozenset({Need.RETAINED}),
-        _CLIENTS,
+        _CLIENTS | DATA,
         "none",
         True,
         "5 to 20 of recovery",
@@ -200,7 +130,7 @@ METHODS: dict[str, Entry] = {
     "rollback": Entry(
         "Go back to the last model from before they first took part and train again without them",
         frozenset({Need.CHECKPOINTS, Need.RETAINED}),
-        _CLIENTS,
+        _CLIENTS | DATA,
         "exact",
         True,
         "R less those before they joined",
@@ -212,7 +142,7 @@ METHODS: dict[str, Entry] = {
     "retrain": Entry(
         "Train again from round 0 without them",
         frozenset({Need.INITIAL, Need.RETAINED}),
-        _CLIENTS,
+        _CLIENTS | DATA,
         "exact",
         True,
         "R",
@@ -224,7 +154,7 @@ METHODS: dict[str, Entry] = {
     "natural": Entry(
         "Go on without them and change nothing else",
         frozenset({Need.RETAINED}),
-        _CLIENTS,
+        _CLIENTS | DATA,
         "none",
         True,
         "any number",
@@ -246,6 +176,9 @@ METHODS: dict[str, Entry] = {
         routed=False,
     ),
 }
+"""Methods that the server carries out, with no more help of clients than ordinary training."""
+
+METHODS = SERVER | HOLDERS
 """Name -> what there is to know. Who has the inputs runs it; nothing here does."""
 
 

@@ -43,7 +43,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from unlearning.errors import ParametersError, RefusedRequestError
+from unlearning.errors import NotCertifiedError, ParametersError
 from unlearning.ffmu import average
 from unlearning.parameters import (
     BUFFERS,
@@ -64,10 +64,6 @@ Weights = Literal["uniform", "samples"]
 """How the server averages: all devices the same, or by their samples."""
 Sample = tuple[Tensor, Parameters]
 """Inputs of one sample, and the gradient of its loss."""
-
-
-class NotCertifiedError(RefusedRequestError):
-    """The model may depend on the samples to be forgotten; another method has to forget them."""
 
 
 # ------------------------------------------------------------------ (a) paper radius and budget

@@ -5,10 +5,12 @@ SecateurError                   one line: the rule, the value, the remedy
 │   ├── BenignMajorityError     too many clients are to be forgotten at once
 │   ├── TooFewClientsError      too few would be left for a round
 │   ├── MissingNeedError        a method needs what was not recorded or is not at hand
-│   │   └── NoLastRoundError    ... a round that was not remembered
+│   │   ├── NoLastRoundError    ... a round that was not remembered
+│   │   └── NoBatchLogError     ... batches that were not logged
 │   ├── UnsafeMethodError       a method trusts clients that must not be trusted
 │   ├── ImpossibleRequestError  no method serves such a request
 │   ├── NoExactMethodError      exact forgetting was asked for, of a method that is not
+│   ├── NotCertifiedError       a deletion that the training does not certify
 │   └── BudgetError             forgetting would take more rounds than allowed
 └── ParametersError             two models that should be alike are not, or hold NaN or Inf
 """
@@ -59,3 +61,11 @@ class BudgetError(RefusedRequestError):
 
 class ParametersError(SecateurError, ValueError):
     """Parameter maps that should be alike differ, or hold values that are not finite."""
+
+
+class NoBatchLogError(MissingNeedError):
+    """Amnesiac unlearning without the log of batches that it subtracts."""
+
+
+class NotCertifiedError(RefusedRequestError):
+    """The training does not certify that a deletion would leave the model as it is."""

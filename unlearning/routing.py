@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from unlearning.catalogue import METHODS, RECORDED, Need, Target, missing, with_implied
+from unlearning.catalogue import DATA, METHODS, RECORDED, Need, Target, missing, with_implied
 from unlearning.errors import (
     BenignMajorityError,
     BudgetError,
     ImpossibleRequestError,
     MissingNeedError,
+    NoBatchLogError,
     NoExactMethodError,
     NoLastRoundError,
+    NotCertifiedError,
     RefusedRequestError,
     TooFewClientsError,
     UnsafeMethodError,
@@ -30,13 +32,24 @@ POLICY: dict[Cause, Promise] = {"privacy": "exact", "malicious": "approximate"}
 """Promised where a request does not say: attackers must go now, people must go wholly."""
 
 EXACT = ("rollback", "retrain")
+PROVEN = frozenset({"exact", "conditional"})
+"""Guarantees that are as good as exact; conditions are needs, checked before anything is done."""
 ORDER: dict[tuple[Target, Cause], tuple[str, ...]] = {
     (Target.CLIENT, "malicious"): ("fedup", "fedrecover", "kd", "not", "retrain"),
     (Target.CLIENT, "privacy"): ("fedup", "federaser", "not", "retrain"),
     (Target.BACKDOOR, "malicious"): ("fedup", "kd", "not", "retrain"),
     (Target.BACKDOOR, "privacy"): ("fedup", "kd", "not", "retrain"),
+    (Target.CLASS, "privacy"): ("fisher-mask", "tfidf", "ascent", "retrain"),
+    (Target.SAMPLES, "privacy"): ("fisher-mask", "label-flip", "retrain"),
 }
-"""Approximate requests: the default, then its fallbacks."""
+"""Approximate requests: the default, then its fallbacks. Of a malicious client no part of its data
+is forgotten, since only it could say which: it is forgotten itself."""
+LOGGED = ("amnesiac", "fisher-mask", "rapid-retraining", "retrain")
+"""In the place of (samples, privacy) where their holders keep a batch log."""
+DROPPED = ("not", "retrain")
+"""In the place of (class, privacy) where clients drop it, and answer nothing."""
+CERTIFIED = "ffmu"
+"""Before all others, for whatever guarantee, where the training certifies the deletion."""
 COOPERATIVE = ("fedup", "negative-gradients", "federaser", "not", "retrain")
 """In the place of (client, privacy) where the client helps to leave."""
 NEED_MAJORITY = frozenset({"fedup", "random", "drift", "fedrecover", "fast"})
@@ -50,9 +63,17 @@ class Request:
     Attributes
     ----------
     clients
-        Who is concerned; for a backdoor, who planted it, as far as known.
+        Who is concerned; for a backdoor, who planted it, as far as known; for a class or samples,
+        who holds them, or nobody where all clients are to look.
     target_cooperates, retained_cooperate
-        Whether the clients concerned, and the others, answer.
+        Whether the clients concerned, and the others, answer. ``None`` for what is usual: holders
+        of a class or samples do, clients that are to be forgotten do not.
+    target_drops
+        Whether holders at least drop the data; ``None`` if they do whenever they answer.
+    label
+        Number of the class, from 0 on.
+    tokens
+        Of the samples; only their holders know what they stand for.
     guarantee
         ``None`` for what ``POLICY`` says of the cause.
     method
@@ -64,14 +85,22 @@ class Request:
     target: Target
     clients: tuple[str, ...]
     cause: Cause
-    target_cooperates: bool = False
+    target_cooperates: bool | None = None
     retained_cooperate: bool = True
     guarantee: Promise | None = None
     method: str | None = None
     most_rounds: int | None = None
+    target_drops: bool | None = None
+    label: int | None = None
+    tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clients", tuple(dict.fromkeys(self.clients)))
+        object.__setattr__(self, "tokens", tuple(dict.fromkeys(self.tokens)))
+        if self.target_cooperates is None:
+            object.__setattr__(self, "target_cooperates", self.target in DATA)
+        if self.target_drops is None:
+            object.__setattr__(self, "target_drops", self.target_cooperates)
 
     @property
     def promise(self) -> Promise:
@@ -156,34 +185,62 @@ def route(request: Request, available: Available) -> Route:
 
 
 def _candidates(request: Request, available: Available) -> Iterator[str]:
-    if request.promise == "exact":
-        yield from (name for name in EXACT if name in available.methods)
-        return
-    order = ORDER[request.target, request.cause]
-    if request.target is Target.CLIENT and request.cause == "privacy" and request.target_cooperates:
-        order = COOPERATIVE
+    order: tuple[str, ...] = EXACT
+    if request.promise != "exact":
+        order = _approximate(request, available)
+    if request.target in DATA and Need.CERTIFICATE in available.needs:
+        order = (CERTIFIED, *order)
     for name in order:
         chosen = available.default if name == "fedup" and request.cause == "malicious" else name
         if chosen in available.methods:
             yield chosen
 
 
+def _approximate(request: Request, available: Available) -> tuple[str, ...]:
+    match request.target:
+        case Target.CLIENT if request.cause == "privacy" and request.target_cooperates:
+            return COOPERATIVE
+        case Target.CLASS if not request.target_cooperates:
+            return DROPPED
+        case Target.SAMPLES if Need.BATCH_LOG in available.needs:
+            return LOGGED
+    return ORDER[request.target, request.cause]
+
+
 def _check_possible(request: Request) -> None:
-    """Refuse what no method of this catalogue can serve."""
-    if request.target is Target.CLASS:
-        raise ImpossibleRequestError(
-            "forgetting a class needs class statistics from the clients, and no method here asks "
-            "for them; forget the clients that hold it"
-        )
-    if request.target is Target.SAMPLES:
-        raise ImpossibleRequestError(
-            "forgetting samples needs their holder's help, and no method here asks for it; the "
-            "whole client can be forgotten instead"
-        )
-    if not request.clients:
+    """Refuse what no method can serve."""
+    if request.target in DATA:
+        _check_data(request)
+    elif not request.clients:
         what = "who planted the backdoor is unknown" if request.target is Target.BACKDOOR else ""
         raise ImpossibleRequestError(
             f"{what or 'no client is named'}; name the clients, or run with a detector"
+        )
+
+
+def _check_data(request: Request) -> None:
+    """Refuse to forget part of what clients hold where they cannot be trusted, or will not act."""
+    if request.cause == "malicious":
+        raise UnsafeMethodError(
+            f"forgetting {'a class' if request.target is Target.CLASS else 'samples'} trusts those "
+            "who hold them, and they are malicious; forget the clients"
+        )
+    if request.target is Target.CLASS:
+        if request.label is None or request.label < 0:
+            raise ImpossibleRequestError(
+                f"no class is named ({request.label}); give its number, from 0 on"
+            )
+        if not request.target_drops:
+            raise ImpossibleRequestError(
+                "forgetting a class needs class statistics from the clients, or that they drop its "
+                "data at least, and they do neither; forget the clients that hold it"
+            )
+    elif not request.tokens:
+        raise ImpossibleRequestError("no samples are named; give the tokens that their holder gave")
+    elif not request.target_drops:
+        raise ImpossibleRequestError(
+            "forgetting samples needs their holder, who must act or leave; the whole client can "
+            "be forgotten instead"
         )
 
 
@@ -201,9 +258,13 @@ def _check_named(name: str, request: Request, available: Available) -> None:
             f"{name} does not forget a {request.target}, only {_either(entry.targets)}; "
             "leave the method out to have one chosen"
         )
-    if not request.clients:
-        _check_possible(request)
-    if request.promise == "exact" and entry.guarantee != "exact":
+    _check_possible(request)
+    if not entry.federated:
+        raise ImpossibleRequestError(
+            f"{name} is for one machine that has all the data, not for a federation; leave the "
+            "method out to have one chosen"
+        )
+    if request.promise == "exact" and entry.guarantee not in PROVEN:
         raise NoExactMethodError(
             f"{name} is not exact, and exact forgetting was asked for; ask for {EXACT[0]}, or "
             "for an approximate guarantee"
@@ -221,14 +282,43 @@ def _check(name: str, request: Request, available: Available) -> None:
         raise UnsafeMethodError(
             f"{name} trusts what the clients to be forgotten report or sent, and they are malicious"
         )
+    _check_needs(name, request, available)
+    if request.target not in DATA:  # of which nobody leaves
+        _check_company(name, request, available)
+    rounds = available.replay.get(name)
+    if request.most_rounds is not None and rounds is not None and rounds > request.most_rounds:
+        raise BudgetError(
+            f"{name} would play {rounds} rounds again, and {request.most_rounds} are allowed"
+        )
+
+
+def _check_needs(name: str, request: Request, available: Available) -> None:
+    """Refuse what lacks state, data or somebody's help."""
     there = with_implied(available.needs)
     if not request.retained_cooperate:
         there -= {Need.RETAINED}
-    if not request.target_cooperates:
-        there -= {Need.TARGET}
-    if lacking := missing(name, there):
+    helped = {Need.TARGET: request.target_cooperates, Need.DROP: request.target_drops}
+    there = with_implied(there - helped.keys() | {need for need, given in helped.items() if given})
+    if request.target in DATA and Need.DROP not in there:
+        raise MissingNeedError(f"{name} needs that {Need.DROP}, and they do not")
+    lacking = missing(name, there)
+    if Need.BATCH_LOG in lacking:
+        raise NoBatchLogError(
+            f"{name} needs {Need.BATCH_LOG}, which was not kept; set batch-log before training"
+        )
+    if Need.CERTIFICATE in lacking:
+        raise NotCertifiedError(
+            f"{name} needs {Need.CERTIFICATE}, and this one certifies no such deletion; choose "
+            "another method, or train with strategy = ffmu and local = full from the start"
+        )
+    if lacking:
         recorded = "recorded" if set(lacking) & RECORDED else "available"
         raise MissingNeedError(f"{name} needs {_list(lacking)}, which is not {recorded}")
+
+
+def _check_company(name: str, request: Request, available: Available) -> None:
+    """Refuse what clients cannot be taken out of: too few would stay, or were in the last round."""
+    entry = METHODS[name]
     if Need.LAST in entry.needs and available.present is not None:
         absent = sorted(set(request.clients) - available.present)
         if absent:
@@ -255,18 +345,15 @@ def _check(name: str, request: Request, available: Available) -> None:
         )
     if len(request.clients) > 1 and not entry.several:
         raise ImpossibleRequestError(f"{name} forgets one client at a time")
-    rounds = available.replay.get(name)
-    if request.most_rounds is not None and rounds is not None and rounds > request.most_rounds:
-        raise BudgetError(
-            f"{name} would play {rounds} rounds again, and {request.most_rounds} are allowed"
-        )
 
 
 def _nearest(request: Request, available: Available, besides: str = "") -> str:
     """Say which methods would serve the request, if any."""
     fits = []
     for name, entry in METHODS.items():
-        if name == besides or not entry.routed or request.target not in entry.targets:
+        if name == besides or not (entry.routed and entry.federated):
+            continue
+        if request.target not in entry.targets:
             continue
         if name not in available.methods:
             continue

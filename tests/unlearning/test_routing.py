@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearning import routing
-from unlearning.catalogue import METHODS, RECORDED, Entry, Need, Target, missing, with_implied
+from unlearning.catalogue import (
+    METHODS,
+    RECORDED,
+    SERVER,
+    Entry,
+    Need,
+    Target,
+    missing,
+    with_implied,
+)
 from unlearning.errors import (
     BenignMajorityError,
     BudgetError,
@@ -244,7 +253,7 @@ def test_retraining_in_the_place_of_an_approximation_keeps_to_the_budget():
         route(request, having(there, without=["not"], retrain=7))
 
 
-@pytest.mark.parametrize("name", [n for n, e in METHODS.items() if e.guarantee != "exact"])
+@pytest.mark.parametrize("name", [n for n, e in SERVER.items() if e.guarantee != "exact"])
 def test_who_wants_deletion_proven_is_not_served_by_an_approximation(name):
     for cause in POLICY:
         with pytest.raises(NoExactMethodError, match=f"^{name} is not exact"):
@@ -284,7 +293,7 @@ def named(name, clients, **terms):
     )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SERVER)
 def test_those_who_stay_are_as_many_as_a_round_waits_for(name):
     # Two of five leave.
     request = named(name, (A, B))
@@ -317,7 +326,7 @@ def test_what_asks_nobody_serves_where_too_few_stay_for_a_round():
     assert route(malicious, of_ten).method == "kd"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SERVER)
 def test_those_who_wait_count_against_the_majority(name):
     # floor((N - 1) / 2) of N may go: one more besides w who wait already, of 7 + w in all.
     # w = 4: 5 of 11. w = 5: 6 of 12.
@@ -331,7 +340,7 @@ def test_those_who_wait_count_against_the_majority(name):
         route(request, six)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SERVER)
 def test_whoever_was_not_in_the_last_round_is_not_served_by_what_rests_on_it(name):
     request = named(name, (A, C))
 
@@ -383,7 +392,7 @@ def test_too_many_attackers_are_refused_and_not_handed_on():
     assert route(asking(clients=five[:4], cause="malicious"), having(EVERYTHING)).method == "fedup"
 
 
-@pytest.mark.parametrize("method", [None, *(n for n, e in METHODS.items() if e.safe)])
+@pytest.mark.parametrize("method", [None, *(n for n, e in SERVER.items() if e.safe)])
 def test_nobody_is_left_after_everybody(method):
     request = asking(clients=(A, B), guarantee=None, method=method, cause="malicious")
     with pytest.raises(RefusedRequestError):
@@ -395,14 +404,14 @@ def test_half_may_leave_on_their_own_account():
     assert route(asking(clients=five), having(EVERYTHING)).method == "rollback"
 
 
-@pytest.mark.parametrize("name", [n for n, e in METHODS.items() if not e.safe])
+@pytest.mark.parametrize("name", [n for n, e in SERVER.items() if not e.safe])
 def test_methods_that_trust_the_target_are_refused_for_attackers(name):
     request = asking(cause="malicious", method=name, guarantee="approximate")
     with pytest.raises(UnsafeMethodError, match=rf"{name} trusts .*; fedup, .* would work"):
         route(request, having(EVERYTHING))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SERVER)
 def test_a_named_method_is_honoured_only_if_its_needs_hold(name):
     entry = METHODS[name]
     request = asking(method=name, guarantee=None if entry.guarantee == "exact" else "approximate")
