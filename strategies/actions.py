@@ -63,8 +63,8 @@ PATTERN = r"[0-9a-f]{32}"
 class Selection(Action):
     """Which of its rows a client is to forget; every action that forgets says so."""
 
-    forget: Literal["all", "class", "samples"]
-    """All that the client has, the rows of a class, or those that tokens stand for."""
+    forget: Literal["none", "all", "class", "samples"]
+    """Nothing, all that the client has, the rows of a class, or those that tokens stand for."""
     forget_class: int = -1
     """Of ``class``: its number, at least 0."""
     forget_tokens: str = Field("", pattern=rf"^({PATTERN}(,{PATTERN})*)?$")
@@ -78,6 +78,14 @@ class Selection(Action):
         if (self.forget == "samples") != bool(self.forget_tokens):
             raise ValueError("samples are forgotten by their tokens")
         return self
+
+    def rows(self) -> dict[str, Scalar]:
+        """Return which rows are selected, for the settings of another action."""
+        return {
+            "forget": self.forget,
+            "forget_class": self.forget_class,
+            "forget_tokens": self.forget_tokens,
+        }
 
     @property
     def tokens(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
+from strategies.actions import Selection
 from strategies.memory import Memory
 from strategies.methods.interface import Method, Pending, ServerLab
 from strategies.methods.retraining import Retrain
@@ -30,6 +31,8 @@ class Forgetting:
         How often to forget at most.
     lab
         What the server can compute on data of its own.
+    offers
+        Needs that the task and the clients meet.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Forgetting:
         memory: Memory,
         rate_limit: RateLimit,
         lab: ServerLab | None,
+        offers: Collection[Need] = (),
     ) -> None:
         self.method = method
         self.methods: dict[str, Method] = {m.name: m for m in others}
@@ -48,6 +52,7 @@ class Forgetting:
         self.memory = memory
         self.rate_limit = rate_limit
         self.lab = lab
+        self.offers = frozenset(offers)
         self.pending: list[Pending] = []
         self.last: int | None = None
         """Round of the last unlearning."""
@@ -87,7 +92,7 @@ class Forgetting:
                 request.clients, self.rate_limit.next_round(number, self.last), remembers
             ),
             default="drift" if default == "drift" else "fedup",
-            waiting=sum(len(entry.clients) for entry in self.pending),
+            waiting=sum(len(e.clients) for e in self.pending if e.selection is None),
             methods=frozenset(self.methods),
             fewest=fewest,
             present=frozenset(last.locals_ if last is not None else ()) & frozenset(active),
@@ -97,7 +102,7 @@ class Forgetting:
     def available(self) -> frozenset[Need]:
         """Return which needs are met."""
         at_hand = self.lab.needs() if self.lab is not None else frozenset()
-        return self.memory.available() | at_hand | {Need.RETAINED}
+        return self.memory.available() | at_hand | self.offers | {Need.RETAINED}
 
     def wait(
         self,
@@ -107,8 +112,9 @@ class Forgetting:
         model: Parameters,
         method: str,
         most_rounds: int | None = None,
+        selection: Selection | None = None,
     ) -> None:
-        """Put clients on the list, with what their method needs to keep of them.
+        """Put clients, or what they hold, on the list, with what their method needs to keep.
 
         Raises
         ------
@@ -117,7 +123,9 @@ class Forgetting:
         """
         chosen = tuple(sorted(clients))
         evidence = self.methods[method].freeze(self.memory, model, chosen)
-        self.pending.append(Pending(chosen, cause, number, method, evidence, most_rounds))
+        self.pending.append(
+            Pending(chosen, cause, number, method, evidence, most_rounds, selection)
+        )
 
     def due(self, number: int) -> list[tuple[str, tuple[Pending, ...]]]:
         """Return who may be forgotten now: methods and whom each serves, the oldest first.
@@ -162,6 +170,10 @@ class Forgetting:
         self.refused = tuple(self.pending)
         if asked:
             self.tried[method] = number
+
+    def withdraw(self, served: Sequence[Pending]) -> None:
+        """Take off the list what will not be served."""
+        self.pending = [entry for entry in self.pending if entry not in served]
 
     def done(self, served: Sequence[Pending], number: int) -> None:
         """Take those who were forgotten off the list."""

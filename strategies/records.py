@@ -26,6 +26,9 @@ class UnlearningRecord:
     cause: str
     """``malicious`` or ``privacy``, or both."""
     clients: tuple[str, ...]
+    """Who was forgotten; of a class or samples, who held them, and stays."""
+    targets: tuple[str, ...] = ()
+    """What was forgotten, in words."""
     settings: Mapping[str, str | float | int] = field(default_factory=dict)
     zeroed: Mapping[str, int] = field(default_factory=dict)
     """Weights zeroed per prunable tensor."""

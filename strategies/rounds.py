@@ -9,10 +9,10 @@ import copy
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     Bulyan,
@@ -29,12 +29,26 @@ from strategies import averaging, messages
 from strategies.directory import Directory, QuorumError, VisibleGrid
 from strategies.exchange import match, matched
 from strategies.screen import Screen
-from unlearning.errors import SecateurError
+from unlearning.errors import RefusedRequestError, SecateurError
 from unlearning.parameters import Parameters, byte_size, check_alike, check_finite
 from unlearning.plan import Answer, Ask
 from unlearning.randomness import derive_seed
 
 log = logging.getLogger("flwr")
+
+
+ROUND = "round"
+"""Setting of an ask that plays a round of training, rather than asking for one step."""
+
+
+class UnansweredError(RefusedRequestError):
+    """A client whose answer a method cannot do without did not give it."""
+
+    def __init__(self, action: str, reasons: Mapping[str, str]) -> None:
+        told = "; ".join(f"{client}: {reason}" for client, reason in sorted(reasons.items()))
+        super().__init__(f"{action} needs an answer of everybody asked: {told}")
+        self.refused = sorted(c for c, why in reasons.items() if messages.REFUSED in why)
+        """Clients that said that they will not, rather than could not."""
 
 
 class AggregateError(SecateurError):
@@ -127,7 +141,8 @@ class PlanRounds:
     keeps between rounds (FedAdam's moments) takes part; every other action is sent as it is.
 
     Of rounds for which ``every`` says so, answers are handed over one by one also where their mean
-    would do.
+    would do. Asks that are no round of training say that they belong to round ``number``; clients
+    are told the share that their last update had in its round's average, where ``share`` knows it.
     """
 
     def __init__(
@@ -142,6 +157,8 @@ class PlanRounds:
         quorum: float,
         seed: int | None,
         every: Callable[[int], bool] = lambda number: False,
+        number: int = 0,
+        share: Callable[[str], float | None] = lambda client: None,
     ) -> None:
         self.strategy = strategy
         """Plays the plan's rounds, and remembers them as the federation's own does."""
@@ -153,6 +170,8 @@ class PlanRounds:
         self._quorum = quorum
         self._seed = seed
         self._every = every
+        self._number = number
+        self._share = share
         self.answered: set[str] = set()
         """Clients whose training entered the plan."""
         self.asks = 0
@@ -168,7 +187,9 @@ class PlanRounds:
         A round of training that too few answered does not count: nothing is returned then.
         """
         self.asks += 1
-        if ask.action == messages.TRAIN:
+        training = ask.action.split(".")[0] == messages.TRAIN
+        plays = training and ROUND in ask.config
+        if plays:
             try:
                 outgoing, expected = self._train(ask)
             except QuorumError as error:
@@ -178,24 +199,29 @@ class PlanRounds:
             outgoing = self._other(ask)
             expected = len(outgoing)
         received = self._grid.send_and_receive(outgoing, timeout=self._deadline_s)
-        schema = ask.arrays if ask.action.split(".")[0] == messages.TRAIN else None
+        schema = ask.expects if ask.expects is not None or not training else ask.arrays
         average = None
         one_by_one = isinstance(received, Iterator) and averaging.needs_mean_only(self.strategy)
-        wanted = ask.action == messages.TRAIN and self._every(int(ask.config["round"]))
+        wanted = plays and self._every(int(ask.config[ROUND]))
         if ask.mean and one_by_one and schema is not None and not wanted:
             averaged = averaging.average(
                 matched(outgoing, received, self._directory), schema, self._screen
             )
             screened, average = averaged.screened, averaged.mean
         else:
-            screened = self._screen.check(match(outgoing, received, self._directory), schema)
+            screened = self._screen.check(
+                match(outgoing, received, self._directory), schema, far=ask.expects is None
+            )
         self.rejected = dict(screened.rejected)
         for client, reason in screened.rejected.items():
             log.warning("%s: answer of %s not used: %s", ask.action, client, reason)
         size = byte_size([ask.arrays]) if ask.arrays is not None else 0
         back = len(screened.answers) if schema is not None else 0
         self.bytes_sent += size * (len(outgoing) + back)
-        if ask.action == messages.TRAIN:
+        silent = [client for client in ask.to if client in self.rejected]
+        if ask.everybody and silent:
+            raise UnansweredError(ask.action, {client: self.rejected[client] for client in silent})
+        if plays:
             needed, usable = replies_needed(self._quorum, expected), len(screened.answers)
             if usable < needed:
                 log.warning("%s: %s", ask.action, too_few(usable, expected, needed))
@@ -219,33 +245,44 @@ class PlanRounds:
 
     def _train(self, ask: Ask) -> tuple[list[Message], int]:
         """Return whom to ask, and how many it would be if all clients named were connected."""
-        number = int(ask.config["round"])
+        number = int(ask.config[ROUND])
         visible = VisibleGrid(
             self._grid, self._directory, _only(ask.to), patience_s=self._deadline_s
         )
         arrays = messages.record_from(ask.arrays or {})
-        own = {key: value for key, value in ask.config.items() if key != "round"}
+        own = {key: value for key, value in ask.config.items() if key != ROUND}
         config = ConfigRecord({**self._train_config, **own})
         strategy = self.strategy if ask.mean else everybody(self.strategy)
         with seeded_sampling(self._seed, number):
             outgoing = list(strategy.configure_train(number, arrays, config, visible))
+        if ask.action != messages.TRAIN:  # a strategy may have a kind of training of its own
+            for message in outgoing:
+                message.metadata.message_type = ask.action
         there = self._directory.refresh(self._grid).values()
         connected = len(set(ask.to) & set(there))
         return outgoing, len(outgoing) * len(ask.to) // max(1, connected)
 
     def _other(self, ask: Ask) -> list[Message]:
-        content = RecordDict({messages.CONFIG: ConfigRecord(dict(ask.config))})
-        if ask.arrays is not None:
-            content[messages.ARRAYS] = messages.record_from(ask.arrays)
         self._directory.refresh(self._grid)
+        arrays = None if ask.arrays is None else messages.record_from(ask.arrays)
         return [
             Message(
-                content=content,
+                content=self._content(ask, arrays, client),
                 dst_node_id=self._directory.node(client),
                 message_type=ask.action,
             )
             for client in ask.to
         ]
+
+    def _content(self, ask: Ask, arrays: ArrayRecord | None, client: str) -> RecordDict:
+        share = self._share(client)
+        told = {**self._train_config, messages.SERVER_ROUND: self._number, **ask.config}
+        if share is not None:
+            told[messages.SHARE] = share
+        content = RecordDict({messages.CONFIG: ConfigRecord(told)})
+        if arrays is not None:
+            content[messages.ARRAYS] = arrays
+        return content
 
 
 def everybody(strategy: Strategy) -> Strategy:

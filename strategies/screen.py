@@ -69,7 +69,9 @@ class Screen:
     weight_limit: float = 1000.0
     norm_limit: float = 20.0
 
-    def check(self, replies: Sequence[Reply], previous: Parameters | None) -> Screened:
+    def check(
+        self, replies: Sequence[Reply], previous: Parameters | None, *, far: bool = True
+    ) -> Screened:
         """Screen the replies of one round.
 
         Parameters
@@ -79,6 +81,8 @@ class Screen:
         previous
             Model that was sent out; its names, shapes and dtypes are the schema. ``None`` for
             replies that carry metrics only.
+        far
+            Whether to look how far from it replies are; sums over rows are no models near it.
         """
         answers: list[Answer] = []
         rejected: dict[str, str] = {}
@@ -95,7 +99,7 @@ class Screen:
         norms = {
             answer.client: norm(difference(answer.arrays, previous))
             for answer in answers
-            if answer.arrays is not None and previous is not None
+            if far and answer.arrays is not None and previous is not None
         }
         failed = self.compare(answers, norms, previous)
         kept, capped = self.cap([answer for answer in answers if answer.client not in failed])

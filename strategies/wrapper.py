@@ -3,30 +3,33 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedXgbBagging, FedXgbCyclic, Result, Strategy
 
 from strategies import averaging, messages, rounds
+from strategies.actions import Selection
 from strategies.detectors.interface import Detector, Finding, limited
 from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
 from strategies.exchange import Reply, match, matched
 from strategies.forgetting import Forgetting, needs_of
 from strategies.memory import EVERY_UPDATE, LastRound, Memory
 from strategies.messages import ACCURACY
+from strategies.methods.dropping import after_dropping, described
 from strategies.methods.interface import Method, Pending, ServerLab, Situation, Unlearned
 from strategies.rate_limit import RateLimit
 from strategies.records import Phase, RoundRecord, UnlearningRecord
 from strategies.recovery import VALIDATION, Recovery, RecoveryWatch
 from strategies.rewriting import Rewriting
 from strategies.roster import Hysteresis, Roster
+from strategies.rounds import UnansweredError
 from strategies.screen import Screen, Screened
 from strategies.store import MemoryStore, Store
-from unlearning.catalogue import METHODS, RECORDED, Need, Target, with_implied
+from unlearning.catalogue import DATA, METHODS, RECORDED, Need, Target, with_implied
 from unlearning.errors import (
     ImpossibleRequestError,
     ParametersError,
@@ -90,6 +93,8 @@ class Unlearning(Strategy):
         Share of the clients asked that must send a usable reply for the round to count.
     seed
         Seeds sampling and detection. ``None`` leaves Python's global generator to Flower.
+    offers
+        Needs that the task and the clients meet: classes, convolutions, a batch log.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class Unlearning(Strategy):
         deadline_s: float = 3600.0,
         quorum: float = 0.5,
         seed: int | None = None,
+        offers: Collection[Need] = (),
     ) -> None:
         _check_combination(strategy, screen, detector, method, others)
         if not 0 <= quorum <= 1:
@@ -125,6 +131,7 @@ class Unlearning(Strategy):
             memory=memory if memory is not None else Memory(needs_of(ready)),
             rate_limit=rate_limit or RateLimit(),
             lab=lab,
+            offers=offers,
         )
         if detector is not None and method is not None:
             _check_needs(method, self.forgetting)
@@ -144,6 +151,9 @@ class Unlearning(Strategy):
         self.clients_accuracy: float | None = None
         self.strategy_since = 0
         """Round after which the wrapped strategy was as at first."""
+        self.forgotten_classes: set[int] = set()
+        """Numbers of classes; measures that recovery is judged by leave them out."""
+        self._asked: dict[str, int] = {}
         self.forgettings = 0
         """Unlearnings so far; clients reset their state when it changes."""
 
@@ -159,7 +169,7 @@ class Unlearning(Strategy):
             chosen = self.strategy.configure_train(
                 server_round, arrays, config, self._visible(grid)
             )
-            self._outgoing = list(chosen)
+            self._outgoing = self._with_shares(list(chosen))
         return self._outgoing
 
     def aggregate_train(
@@ -292,19 +302,19 @@ class Unlearning(Strategy):
         RefusedRequestError
             If it would not be; one of its kinds.
         """
-        active = [c for c in self.directory.clients() if self.roster.may_take_part(c)]
         return self.forgetting.route(
             request,
             number=self.record.number,
-            active=active,
+            active=self._active(),
             fewest=rounds.fewest_clients(self.strategy),
             remembers=rounds.remembers(self.strategy),
         )
 
     def request(self, request: Request) -> Route:
-        """Exclude the clients of a request now, and forget them as soon as the rate limit allows.
+        """Take up a request, to be served as soon as the rate limit allows.
 
-        To be called between rounds.
+        Clients that are to be forgotten are excluded now. Holders of a class or samples stay; they
+        are asked to drop them at the end of the next round. To be called between rounds.
 
         Raises
         ------
@@ -314,6 +324,9 @@ class Unlearning(Strategy):
         """
         self._check_names(request.clients)
         found = self.route(request)
+        if request.target in DATA:
+            self._wait_for_data(request, found.method)
+            return found
         others = self._others_in_last_round(request.clients)
         self._quarantine(
             request.clients,
@@ -335,6 +348,26 @@ class Unlearning(Strategy):
         return self.request(
             Request(Target.CLIENT, tuple(clients), cause, guarantee=promise, method=name)
         )
+
+    def _wait_for_data(self, request: Request, method: str) -> None:
+        holders = request.clients or self._active()
+        selection = (
+            Selection(forget="class", forget_class=request.label)
+            if request.target is Target.CLASS
+            else Selection(forget="samples", forget_tokens=",".join(request.tokens))
+        )
+        self.forgetting.wait(
+            holders,
+            request.cause,
+            self.record.number,
+            self._previous,
+            method,
+            request.most_rounds,
+            selection,
+        )
+
+    def _active(self) -> tuple[str, ...]:
+        return tuple(c for c in self.directory.clients() if self.roster.may_take_part(c))
 
     def _others_in_last_round(self, clients: Sequence[str]) -> Parameters:
         """Return the aggregate of everybody else in the last round, as far as it is remembered."""
@@ -412,7 +445,7 @@ class Unlearning(Strategy):
             self.memory,
             due,
             self.record.participants,
-            tuple(c for c in self.directory.clients() if self.roster.may_take_part(c)),
+            self._active(),
             carrier.aggregate,
             rewriting.note,
             rounds.remembers(self.strategy),
@@ -421,7 +454,8 @@ class Unlearning(Strategy):
             self.seed or 0,
         )
         causes = ", ".join(sorted({entry.cause for entry in due}))
-        record = UnlearningRecord(number, method.name, causes, situation.forgotten)
+        record = UnlearningRecord(number, method.name, causes, situation.holders)
+        record.targets = tuple(dict.fromkeys(told(entry) for entry in due))
         record.guarantee = METHODS[method.name].guarantee
         record.memory_bytes = self.memory.bytes_held(METHODS[method.name].needs)
         plan = f"unlearning-{number}"
@@ -432,23 +466,17 @@ class Unlearning(Strategy):
 
         started = time.perf_counter()
         try:
-            if name in NEED_MAJORITY:
+            if name in NEED_MAJORITY and situation.forgotten:
                 gone = len(situation.forgotten)
                 compared = Need.LAST in METHODS[name].needs
                 honest = situation.retained if compared else situation.active
                 check_majority(gone, len(honest) + gone)
             self.forgetting.check_budget(name, due, number, situation.remembers)
-            outcome = carry_out(method.plan(situation), ask, self.store.journal(plan))
+            steps = after_dropping(situation, lambda: method.plan(situation))
+            outcome = carry_out(steps, ask, self.store.journal(plan))
         except (RefusedRequestError, ParametersError) as error:
             self.store.drop_journal(plan)
-            known = self.forgetting.stuck and not carrier.asks
-            self.forgetting.refuse(number, name, asked=carrier.asks > 0)
-            self.forgettings += carrier.asks > 0  # they were told, and must be told anew
-            record.refused = str(error)
-            record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
-            if not known:  # said once where it costs nothing to try again in every round to come
-                self.record.unlearning = self.record.unlearning or record
-                log.warning("round %d: unlearning refused: %s", number, error)
+            self._note_refused(record, due, carrier, error)
             return None
         self.forgetting.done(due, number)
         self.forgettings += 1
@@ -458,12 +486,37 @@ class Unlearning(Strategy):
         self.record.unlearning = record
         self.record.phase = Phase.UNLEARN
         record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
-        self._note_unlearned(record, outcome, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._note_unlearned(record, outcome, seconds, situation.forgotten)
+        self.forgotten_classes |= {
+            entry.selection.forget_class
+            for entry in due
+            if entry.selection is not None and entry.selection.forget == "class"
+        }
         if outcome.origin is not None:
             rewriting.apply(outcome.origin)
         else:  # who trained in the plan alone has a part in the model, too
             self.memory.joined(number, self._previous, sorted(carrier.answered))
         return copied(outcome.model)
+
+    def _note_refused(
+        self,
+        record: UnlearningRecord,
+        due: tuple[Pending, ...],
+        carrier: rounds.PlanRounds,
+        error: SecateurError,
+    ) -> None:
+        number = record.number
+        known = self.forgetting.stuck and not carrier.asks
+        self.forgetting.refuse(number, record.method, asked=carrier.asks > 0)
+        if isinstance(error, UnansweredError) and error.refused:
+            self.forgetting.withdraw(due)  # they may refuse, and need not be asked again
+        self.forgettings += carrier.asks > 0  # they were told, and must be told anew
+        record.refused = str(error)
+        record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
+        if not known:  # said once where it costs nothing to try again in every round to come
+            self.record.unlearning = self.record.unlearning or record
+            log.warning("round %d: unlearning refused: %s", number, error)
 
     def fork(self) -> "Unlearning":
         """Return a federation of its own that goes on from here, to be called between rounds.
@@ -503,12 +556,34 @@ class Unlearning(Strategy):
             quorum=self.quorum,
             seed=self.seed,
             every=every,
+            number=self.record.number,
+            share=self._share,
         )
 
     # ------------------------------------------------------------ steps of a round
     def _tell_forgettings(self, config: ConfigRecord) -> None:
         if self.forgettings:
             config[messages.FORGETTINGS] = self.forgettings
+
+    def _with_shares(self, outgoing: list[Message]) -> list[Message]:
+        """Tell every client what its last update had in its round's average, if a log needs it."""
+        if Need.BATCH_LOG not in self.forgetting.offers:
+            return outgoing
+        for message in outgoing:
+            client = self.directory.client(message.metadata.dst_node_id)
+            share = self._share(client)
+            if share is not None:
+                told = ConfigRecord({**message.content[messages.CONFIG], messages.SHARE: share})  # type: ignore[dict-item]
+                arrays = message.content[messages.ARRAYS]
+                message.content = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: told})
+            self._asked[client] = self.record.number
+        return outgoing
+
+    def _share(self, client: str) -> float | None:
+        if client not in self._asked:
+            return None
+        number, share = self.memory.shares.get(client, (0, 0.0))
+        return share if number == self._asked[client] else 0.0
 
     def _phase(self) -> Phase:
         return Phase.RECOVER if self.recovery.current else Phase.TRAIN
@@ -532,6 +607,8 @@ class Unlearning(Strategy):
         """Return what looks at every client's update; ``None`` if a mean is enough."""
         if self.detector is not None:
             return f"detector {self.detector.name}"
+        if Need.BATCH_LOG in self.forgetting.offers:
+            return str(Need.BATCH_LOG)
         if every := EVERY_UPDATE & set(self.memory.needs):
             return f"the {min(every)}"
         if not averaging.needs_mean_only(self.strategy):
@@ -669,7 +746,13 @@ class Unlearning(Strategy):
             noted[client] = reason
             log.warning("round %d: %s quarantined: %s", number, client, reason)
 
-    def _note_unlearned(self, record: UnlearningRecord, outcome: Unlearned, seconds: float) -> None:
+    def _note_unlearned(
+        self,
+        record: UnlearningRecord,
+        outcome: Unlearned,
+        seconds: float,
+        leaving: Sequence[str],
+    ) -> None:
         number = record.number
         record.seconds = seconds
         record.settings = dict(outcome.settings)
@@ -685,11 +768,11 @@ class Unlearning(Strategy):
         self.memory.forget(forgotten)
         if self.detector is not None:
             self.detector.forget(forgotten)
-        self.roster.ban(record.clients, number, "forgotten")
+        self.roster.ban(leaving, number, "forgotten")
         self.roster.clear_flags()
         if not outcome.exact:
             self.recovery.begin(record, outcome.rate)
-        log.info("round %d: %s forgot %s", number, record.method, ", ".join(record.clients))
+        log.info("round %d: %s forgot %s", number, record.method, ", ".join(record.targets))
 
     def _encoded(self, answers: Sequence[Answer]) -> list[Message]:
         return [messages.message_from(a, self.directory.node(a.client)) for a in answers]
@@ -730,11 +813,18 @@ def _check_combination(
         )
 
 
+def told(entry: Pending) -> str:
+    """Say what an entry of the waiting list is about."""
+    if entry.selection is None:
+        return ", ".join(entry.clients)
+    return described(entry.selection)
+
+
 def _check_needs(method: Method, forgetting: Forgetting) -> None:
     """Refuse a detector whose findings could never be acted upon."""
     at_hand = forgetting.lab.needs() if forgetting.lab is not None else frozenset()
     recorded = with_implied(forgetting.memory.needs) & RECORDED
-    lacking = METHODS[method.name].needs - recorded - at_hand - {Need.RETAINED}
+    lacking = METHODS[method.name].needs - recorded - at_hand - forgetting.offers - {Need.RETAINED}
     if lacking:
         raise SecateurError(
             f"{method.name} needs {' and '.join(sorted(lacking))}, which will not be there; set "

@@ -37,6 +37,9 @@ class Ask:
     expects: Parameters | None = None
     """Names, shapes and dtypes of the arrays that are to come back, where they are not a model of
     the form of ``arrays``."""
+    everybody: bool = False
+    """Whether all are to answer; whoever carries the ask then refuses the request if one does
+    not."""
     mean: bool = False
     """Whether the answers are wanted for the federation's average only. Whoever carries the ask
     may then hand over one answer for many clients, if that average is a weighted mean."""

@@ -9,11 +9,11 @@ one generator (``methods`` 2.1 and 2.2):
   forgotten clients' influence. It is the null hypothesis of every unlearning method.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from unlearning.errors import SecateurError
 from unlearning.parameters import Parameters, weighted_mean
-from unlearning.plan import Answer, Ask, Plan
+from unlearning.plan import Answer, Ask, Plan, Scalar
 
 Aggregate = Callable[[int, Parameters, Sequence[Answer]], Parameters]
 """Round number, model the round started from, answers -> model of the next round."""
@@ -35,6 +35,8 @@ def retrain(
     *,
     first_round: int = 1,
     aggregate: Aggregate = federated_average,
+    action: str = "train",
+    settings: Mapping[str, Scalar] | None = None,
 ) -> Plan[Parameters]:
     """Run ``rounds`` rounds of training among ``clients`` and return the last model.
 
@@ -51,13 +53,19 @@ def retrain(
         the numbers of the original run replays its draws.
     aggregate
         How a round's answers become a model; the federation's own rule, FedAvg by default.
+    action, settings
+        What clients do in a round: ordinary training, or ``train.<step>`` with its settings.
     """
     if not clients:
         raise SecateurError("nobody is left to train with: every client is to be forgotten")
     model = start
     for number in range(first_round, first_round + rounds):
         answers = yield Ask(
-            "train", to=tuple(clients), arrays=model, config={"round": number}, mean=True
+            action,
+            to=tuple(clients),
+            arrays=model,
+            config={**(settings or {}), "round": number},
+            mean=True,
         )
         model = aggregate(number, model, answers)
     return model

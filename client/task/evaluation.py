@@ -9,7 +9,10 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from client.task.protocol import Examples, Task, TaskError, size_of
 from unlearning.parameters import Parameters
 
-EVALUATION_BATCH = 1024
+EVALUATION_BATCH = 128
+"""Rows at a time on a CPU, whose caches hold so many: convolutions take a third of the time that
+they take with a thousand. Accelerators get more."""
+ACCELERATED_BATCH = 1024
 
 
 @torch.no_grad()
@@ -46,7 +49,8 @@ def predict(model: nn.Module, examples: Examples, *, device: torch.device) -> tu
     """Return the model's outputs for all examples, and their targets, on the CPU."""
     model.to(device).eval()
     outputs, targets = [], []
-    for batch, batch_targets in batches(examples, EVALUATION_BATCH, None):
+    size = EVALUATION_BATCH if device.type == "cpu" else ACCELERATED_BATCH
+    for batch, batch_targets in batches(examples, size, None):
         outputs.append(_output(model, batch.to(device)).cpu())
         targets.append(batch_targets)
     if not outputs:

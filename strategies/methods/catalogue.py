@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 from strategies.methods.drift import Drift
 from strategies.methods.fedup import FedUP
+from strategies.methods.holders import Ball, TakeBack, ascending, flipping, macforget
 from strategies.methods.interface import Method
+from strategies.methods.masks import ClassDiscriminative, Mask, Noise
 from strategies.methods.negation import Negation
 from strategies.methods.replay import FedEraser, FedRecover
-from strategies.methods.retraining import NaturalForgetting, Retrain
+from strategies.methods.retraining import NaturalForgetting, Retrain, noisy, rapid, rcad
 from strategies.methods.subtraction import FAST, Distillation, NegativeGradients
 from strategies.methods.verifi import ScaleToUnlearn
 
@@ -25,4 +27,18 @@ MAKE: dict[str, Callable[[], Method]] = {
     "retrain": Retrain,
     "natural": NaturalForgetting,
     "random": lambda: FedUP(score="random", name="random"),
+    "fisher-mask": Mask,
+    "activation-mask": lambda: Mask(name="activation-mask"),
+    "grad-mask": lambda: Mask(name="grad-mask"),
+    "random-mask": lambda: Mask(name="random-mask"),
+    "fisher-noise": Noise,
+    "tfidf": ClassDiscriminative,
+    "ascent": ascending,
+    "label-flip": flipping,
+    "amnesiac": TakeBack,
+    "macforget": macforget,
+    "pga": Ball,
+    "rapid-retraining": rapid,
+    "noisy-gd": noisy,
+    "rcad": rcad,
 }

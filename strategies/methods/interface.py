@@ -7,9 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from strategies.actions import Selection
 from strategies.memory import Memory
 from unlearning import retraining
 from unlearning.catalogue import Need
+from unlearning.channel_masks import Convolution
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer, Ask, Plan
 from unlearning.replay import Played
@@ -18,9 +20,10 @@ from unlearning.routing import Cause
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """Clients that wait to be forgotten; they are in quarantine already."""
+    """What waits to be forgotten: clients, who are in quarantine already, or what clients hold."""
 
     clients: tuple[str, ...]
+    """To be forgotten; of a class or samples, those who hold them."""
     cause: Cause
     number: int
     """Round of the detection or request."""
@@ -30,6 +33,35 @@ class Pending:
     """What that method froze in that round."""
     most_rounds: int | None = None
     """Rounds that may be played again for them."""
+    selection: Selection | None = None
+    """Which rows of theirs, where the clients stay; ``None`` where they leave."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is known of the class of models.
+
+    Attributes
+    ----------
+    convolutions
+        In the order in which they run.
+    head
+        Names of the last layer's tensors.
+    classes
+        Number of classes; 0 where the task has none.
+    """
+
+    convolutions: tuple[Convolution, ...] = ()
+    head: tuple[str, ...] = ()
+    classes: int = 0
+
+    def needs(self) -> frozenset[Need]:
+        """Return which needs it meets."""
+        found = {Need.CONVOLUTIONS: self.convolutions, Need.CLASSES: self.classes}
+        return frozenset(need for need, there in found.items() if there)
+
+
+UNKNOWN = Network()
 
 
 @dataclass(frozen=True)
@@ -91,8 +123,19 @@ class Situation:
 
     @property
     def forgotten(self) -> tuple[str, ...]:
-        """Return every client to be forgotten, sorted."""
+        """Return every client to be forgotten, sorted; none where clients stay."""
+        leaving = (entry for entry in self.pending if entry.selection is None)
+        return tuple(sorted({client for entry in leaving for client in entry.clients}))
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """Return every client that is concerned, sorted, whether it leaves or stays."""
         return tuple(sorted({client for entry in self.pending for client in entry.clients}))
+
+    @property
+    def selection(self) -> Selection:
+        """Return what is to be forgotten at the holders, of a method that serves one event."""
+        return self.pending[0].selection or Selection(forget="all")
 
     @property
     def evidence(self) -> list[Any]:
@@ -102,7 +145,7 @@ class Situation:
 
 @dataclass(frozen=True)
 class Unlearned:
-    """The model without the forgotten clients, and how it was made."""
+    """The model without what was to be forgotten, and how it was made."""
 
     model: Parameters
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)

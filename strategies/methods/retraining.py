@@ -1,8 +1,12 @@
 """Exact forgetting, from round 0 or from a checkpoint; and natural forgetting."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from strategies import messages
+from strategies.actions import Action, Noisy, Rapid, Rcad
 from strategies.memory import Memory
 from strategies.methods.interface import Situation, Unlearned, done
 from unlearning import retraining
@@ -27,25 +31,31 @@ class Retrain:
     rollback
         Whether to start from the last model from before they first took part, if there is one,
         instead of round 0 (``methods`` 10.3).
+    step
+        How clients train; ``None`` for as they always do.
+    share
+        Rounds in units of those that are undone; fewer where a step learns faster.
     """
 
     rollback: bool = False
     name: str = "retrain"
+    step: Action | None = None
+    share: float = 1.0
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
 
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Replay rounds among the retained clients."""
-        number, start = self.origin(situation.memory, situation.forgotten, situation.remembers)
-        rounds = situation.number - number
+        number, start = self.origin(situation.memory, situation.holders, situation.remembers)
+        rounds = math.ceil(self.share * (situation.number - number))
         void: list[int] = []
 
         def aggregate(played: int, before: Parameters, answers: Sequence[Answer]) -> Parameters:
             after = situation.aggregate(played, before, answers)
             if after is before:
                 void.append(played)
-                if len(void) > rounds * MOST_VOID or played == situation.number:
+                if len(void) > rounds * MOST_VOID or played == number + rounds:
                     raise ReplayError(
                         f"{len(void)} of the first {played - number} of {rounds} rounds made no "
                         "model, too few clients answered: what was trained again is not a whole "
@@ -56,7 +66,13 @@ class Retrain:
             return after
 
         model = yield from retraining.retrain(
-            start, situation.active, rounds, first_round=number + 1, aggregate=aggregate
+            start,
+            situation.active,
+            rounds,
+            first_round=number + 1,
+            aggregate=aggregate,
+            action=messages.TRAIN if self.step is None else self.step.action,
+            settings=None if self.step is None else self.step.config(),
         )
         warnings = (f"rounds without a model: {', '.join(map(str, void))}",) if void else ()
         told = {"rounds": rounds, "from_round": number}
@@ -74,6 +90,55 @@ class Retrain:
         if origin is None or memory.initial is None:
             raise MissingNeedError(f"{self.name} needs the initial model; it was not remembered")
         return origin if self.rollback and not remembers else (0, memory.initial)
+
+
+def rapid(share: float = 0.5, **settings: Any) -> Retrain:
+    """Return retraining with steps scaled by curvature, in fewer rounds (``methods`` 2.8)."""
+    return Retrain(name="rapid-retraining", step=Rapid(**settings), share=share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoOn:
+    """Go on from today's model with another kind of training (``methods`` 2.13, 2.15).
+
+    Attributes
+    ----------
+    step
+        How clients train.
+    share
+        Rounds in units of those played so far.
+    """
+
+    name: str
+    step: Action
+    share: float
+
+    def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
+        """Keep nothing."""
+
+    def plan(self, situation: Situation) -> Plan[Unlearned]:
+        """Play rounds among those who stay."""
+        rounds = math.ceil(self.share * situation.number)
+        model = yield from retraining.retrain(
+            situation.model,
+            situation.active,
+            rounds,
+            first_round=situation.number + 1,
+            aggregate=situation.aggregate,
+            action=self.step.action,
+            settings=self.step.config(),
+        )
+        return Unlearned(model, settings={"rounds": rounds, **self.step.config()})
+
+
+def noisy(share: float = 0.2, **settings: Any) -> GoOn:
+    """Return noisy full-batch descent without what is to be forgotten (``methods`` 2.15)."""
+    return GoOn(name="noisy-gd", step=Noisy(**settings), share=share)
+
+
+def rcad(share: float = 1.0, **settings: Any) -> GoOn:
+    """Return fine-tuning with RCAD's regulariser (``methods`` 2.13)."""
+    return GoOn(name="rcad", step=Rcad(**settings), share=share)
 
 
 @dataclass(frozen=True, kw_only=True)

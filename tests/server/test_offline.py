@@ -33,7 +33,7 @@ from unlearning import (
     retraining,
     verifi,
 )
-from unlearning.catalogue import METHODS
+from unlearning.catalogue import SERVER
 from unlearning.history import MemoryHistory, Past
 from unlearning.parameters import mean, weighted_mean
 from unlearning.plan import Answer, carry_out
@@ -300,9 +300,9 @@ def scaled(strong, rounds=1, ask=None):
 
 # ---------------------------------------------------------------- results
 def test_every_method_of_the_catalogue_works_on_files():
-    assert METHODS_OF_FILES.keys() == METHODS.keys()
+    assert METHODS_OF_FILES.keys() == SERVER.keys()
     asking = {"federaser", "fedrecover", "retrain", "rollback"}
-    assert {arguments[0] for arguments, _ in SERVER_ONLY.values()} | asking == METHODS.keys()
+    assert {arguments[0] for arguments, _ in SERVER_ONLY.values()} | asking == SERVER.keys()
 
 
 @pytest.mark.parametrize("kind", SERVER_ONLY)
@@ -335,13 +335,13 @@ def digest(folder):
     }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SERVER)
 def test_a_guarantee_is_that_of_the_catalogue(name, here, capsys):
     arguments = [*HISTORY, *DATA] + (["--answers", "answers"] if name in ASKING else [])
     report = by_files(capsys, here, name, *arguments)[0]
-    assert report["guarantee"] == METHODS[name].guarantee
+    assert report["guarantee"] == SERVER[name].guarantee
     assert report["guarantee"] == ("exact" if name in ("retrain", "rollback") else "none")
-    assert report["safe_when_target_lies"] == METHODS[name].safe
+    assert report["safe_when_target_lies"] == SERVER[name].safe
 
 
 def test_the_report_has_the_keys_that_were_promised(here, capsys):
@@ -497,7 +497,7 @@ def test_fewer_answers_are_enough_only_where_that_was_said(here, capsys):
         assert all(name in told[0] for name in one.split(", "))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SERVER)
 def test_half_or_more_are_forgotten_only_by_what_needs_no_majority(name, here, capsys):
     # Three of six; floor((6 - 1) / 2) = 2.
     arguments = (*USUAL, *HISTORY, *ANSWERS, "--forget", "ann,bob,eve")

@@ -16,7 +16,7 @@ from simulation.experiment import Experiment, client_app
 from simulation.page import render
 from simulation.report import report_of
 from simulation.scenario import load_scenario
-from unlearning.catalogue import METHODS
+from unlearning.catalogue import SERVER
 
 pytestmark = [
     pytest.mark.services,
@@ -47,7 +47,7 @@ def report():
 def comparison():
     """All methods, so that there is as much in the tables as there can be, one of them refused."""
     scenario = load_scenario("demo", parse_overrides(SMALL))
-    made, second = (Comparison(scenario, list(METHODS), seed=seed, rounds=3) for seed in (0, 1))
+    made, second = (Comparison(scenario, list(SERVER), seed=seed, rounds=3) for seed in (0, 1))
     trials = made.play(InProcessGrid(client_app(made.scenario), scenario.clients.total))
     trials[0].refused = "too few honest clients are left, and the reason is a long one " * 3
     again = [replace(trial, seed=1) for trial in trials]

@@ -8,7 +8,7 @@ from strategies.forgetting import needs_of
 from strategies.memory import Memory
 from tests.strategies.small import GONE, client, everything, federation, play
 from tests.unlearning.quadratics import closed_form, regression
-from unlearning.catalogue import METHODS, Target
+from unlearning.catalogue import SERVER, Target
 from unlearning.routing import Request
 
 
@@ -36,7 +36,7 @@ def forgotten(name, clients, start, before, grid, joins=()):
     )
     records, models = play(wrapped, grid(stepping(clients, joins), 7), before, model={"w": start})
     assert not any(record.capped for record in records)  # the weights are the sizes
-    exact = METHODS[name].guarantee == "exact"
+    exact = SERVER[name].guarantee == "exact"
     wrapped.request(
         Request(
             Target.CLIENT,

@@ -27,7 +27,7 @@ from tests.strategies.small import (
     late,
     play,
 )
-from unlearning.catalogue import METHODS, Target
+from unlearning.catalogue import SERVER, Target
 from unlearning.routing import Request
 
 WEIGHTS = ("first.weight", "last.weight")
@@ -135,7 +135,7 @@ def named(folder):
 
 
 @pytest.mark.parametrize(("where", "kind"), [("disk", "FedAvgM"), ("memory", "FedAdam")])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SERVER)
 def test_nothing_of_a_forgotten_client_is_left_anywhere(
     name, where, kind, scripted_grid, tmp_path, monkeypatch
 ):
@@ -174,7 +174,7 @@ def test_nothing_of_a_forgotten_client_is_left_anywhere(
     assert named(tmp_path)
     assert all(value is not None for value in moments(kind, wrapped).values())
 
-    exact = METHODS[name].guarantee == "exact"
+    exact = SERVER[name].guarantee == "exact"
     request = Request(
         Target.CLIENT, GONE, "privacy", guarantee="exact" if exact else "approximate", method=name
     )

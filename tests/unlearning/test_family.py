@@ -18,7 +18,7 @@ from unlearning import (
     retraining,
     verifi,
 )
-from unlearning.catalogue import METHODS
+from unlearning.catalogue import SERVER
 from unlearning.history import MemoryHistory, Past, shares
 from unlearning.parameters import mean, prunable_names, weighted_mean
 from unlearning.plan import Answer, carry_out
@@ -193,7 +193,7 @@ def world():
 
 
 def test_every_method_is_here():
-    assert RUN.keys() == METHODS.keys()
+    assert RUN.keys() == SERVER.keys()
 
 
 @pytest.mark.parametrize("name", RUN)

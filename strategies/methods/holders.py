@@ -1,0 +1,169 @@
+"""Methods in which whoever holds the data changes the model (``methods`` 2.9, 2.12, 6.6).
+
+The holders start from the global model and send back what they made of it; the server takes over as
+much of it as they weigh in an average: ``w + sum_k p_k (w'_k - w)``.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from strategies.actions import Action, Amnesiac, Ascend, Ascent, LabelFlip, MacForget, joined
+from strategies.memory import LastRound, Memory
+from strategies.methods.interface import Situation, Unlearned
+from unlearning import ascent
+from unlearning.errors import MissingNeedError, NoLastRoundError
+from unlearning.parameters import Parameters, copied, difference, trained_names
+from unlearning.partial_updates import merged
+from unlearning.plan import Ask, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holders:
+    """Let the holders take a step, and take it over.
+
+    Attributes
+    ----------
+    step
+        What they do.
+    settings
+        Of the step, where they differ from its defaults.
+    strength
+        What a holder's weight is multiplied by: 1 weighs holders against one another only, so
+        that their changes add up to one whole change; ``None`` by their share in the federation.
+    """
+
+    name: str
+    step: type[Action]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    strength: float | None = 1.0
+
+    def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
+        """Keep nothing."""
+
+    def plan(self, situation: Situation) -> Plan[Unlearned]:
+        """Ask the holders, and merge what they made."""
+        model = situation.model
+        asked = self.step(**situation.selection.rows(), **self.settings)
+        answers = yield Ask(
+            self.step.action, to=situation.holders, arrays=model, config=asked.config()
+        )
+        # Holders of other data have nothing to do, and say so by a weight of none of their rows.
+        acted = [a for a in answers if a.arrays is not None and a.metrics.get("rows", 1)]
+        if not acted:
+            raise MissingNeedError(
+                f"{self.name} needs that holders answer, and none of {len(situation.holders)} did"
+            )
+        whole = sum(float(answer.num_examples) for answer in acted)
+        share = 1.0 if self.strength is None else self.strength
+        result = copied(model)
+        for answer in acted:
+            assert answer.arrays is not None  # noqa: S101  chosen so
+            weight = float(answer.num_examples) / whole
+            moved = merged(model, answer.arrays, min(1.0, share * weight))
+            for name in trained_names(model):
+                result[name] += moved[name] - model[name]
+        told = {"holders": len(acted), **self.settings}
+        return Unlearned(result, settings=told)
+
+
+def ascending(**settings: Any) -> Holders:
+    """Return gradient ascent on what is to be forgotten (``methods`` 6.4)."""
+    return Holders(name="ascent", step=Ascent, settings=settings)
+
+
+def flipping(**settings: Any) -> Holders:
+    """Return training on wrong labels (``methods`` 6.3)."""
+    return Holders(name="label-flip", step=LabelFlip, settings=settings)
+
+
+def macforget(**settings: Any) -> Holders:
+    """Return MacForget (``methods`` 2.9)."""
+    return Holders(name="macforget", step=MacForget, settings=settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakeBack:
+    """Subtract what batches with the forgotten rows brought into the model (``methods`` 6.6).
+
+    The holders' answers are ``w - Z_k``; the holder's share of each round is in Z_k already.
+    """
+
+    name: str = "amnesiac"
+
+    def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
+        """Keep nothing."""
+
+    def plan(self, situation: Situation) -> Plan[Unlearned]:
+        """Ask the holders for the model without their batches."""
+        model = situation.model
+        answers = yield Ask(
+            Amnesiac.action,
+            to=situation.holders,
+            arrays=model,
+            config=Amnesiac(**situation.selection.rows()).config(),
+            everybody=True,
+        )
+        result, batches = copied(model), 0
+        trained = trained_names(model)
+        for answer in answers:
+            for name, moved in difference(answer.arrays or {}, model).items():
+                if name in trained:
+                    result[name] += moved
+            batches += int(answer.metrics.get("batches", 0))
+        return Unlearned(result, settings={"batches": batches, "holders": len(answers)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ball:
+    """Let the leaving client climb its loss near the others' average (UN, PGA; ``methods`` 2.12).
+
+    Attributes
+    ----------
+    radius
+        Of the ball; ``None`` for half the distance of that average from the initial model, or from
+        the model that the last round started from where that is unknown.
+    settings
+        Of the step, where they differ from its defaults.
+    """
+
+    name: str = "pga"
+    radius: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def freeze(
+        self, memory: Memory, model: Parameters, clients: Collection[str]
+    ) -> tuple[LastRound, Parameters]:
+        """Keep what the client sent last, and the others' average beside it."""
+        last = memory.last
+        if last is None or not set(clients) <= last.locals_.keys():
+            raise NoLastRoundError(
+                f"{self.name} needs the leaving client's model of the last round, which was not "
+                "remembered"
+            )
+        theirs = last.without(last.locals_.keys() - set(clients))
+        kept = {client: copied(sent) for client, sent in theirs.locals_.items()}
+        return LastRound(last.number, copied(last.previous), kept, theirs.weights), copied(model)
+
+    def plan(self, situation: Situation) -> Plan[Unlearned]:
+        """Ask the client once; what it returns is projected again."""
+        (client,) = situation.forgotten
+        last, reference = situation.evidence[0]
+        leaver = last.locals_[client]
+        radius = self.radius
+        if radius is None:
+            start = situation.memory.initial or last.previous
+            radius = ascent.start_radius(reference, start)
+        asked = Ascend(**situation.selection.rows(), radius=radius, **self.settings)
+        (answer,) = yield Ask(
+            Ascend.action,
+            to=(client,),
+            arrays=joined(reference=reference, leaver=leaver),
+            config=asked.config(),
+            expects=reference,
+            everybody=True,
+        )
+        assert answer.arrays is not None  # noqa: S101  the screen has looked
+        model = ascent.projected_again(answer.arrays, reference, radius)
+        told = {"radius": radius, "distance": ascent.distance(model, reference)}
+        return Unlearned(model, settings=told)
