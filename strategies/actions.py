@@ -240,3 +240,15 @@ class Rcad(Action):
 def read(kind: type[Action], config: Mapping[str, object]) -> Action:
     """Return the settings of an action as a client got them."""
     return kind.model_validate(dict(config))
+
+
+ACTIONS: dict[str, type[Action]] = {
+    kind.action: kind
+    for kind in (
+        Forget, Ascend, Ascent, LabelFlip, Amnesiac, MacForget, Statistics, Curvature, Rapid, Noisy,
+        Rcad,
+    )
+}  # fmt: skip
+"""Message type -> its settings."""
+SELECTIONS = ("all", "class", "samples")
+"""What a ``Selection`` may select."""
