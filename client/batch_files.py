@@ -88,7 +88,9 @@ def decoded(
         case "full":
             return values
         case "random":
-            like = {name: torch.empty(*shape, device="meta") for name, shape in shapes.items()}
+            like = {
+                name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()
+            }
             kept = _kept(way, like, when)
         case _:
             kept = {n: _mask(stored[key(when, f"kept/{n}")], shape) for n, shape in shapes.items()}
@@ -111,7 +113,7 @@ def _bits(mask: Tensor) -> Tensor:
 
 def _mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
     count = torch.Size(shape).numel()
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool().reshape(*shape)
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool().reshape(tuple(shape))
 
 
 def key(when: Batch, name: str) -> str:
