@@ -6,17 +6,19 @@ import re
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from client.app import build_app, honest_job
 from client.holdings import _opened
 from client.keeping import FORGOTTEN, Keeping
+from client.refusals import refusals
 from client.task.evaluation import state_of
 from client.task.protocol import TaskOptions, load_task
 from server.cli import main
 from server.federation import initial_model
 from simulation.engines.inprocess import InProcessGrid
 from strategies import messages
-from strategies.actions import Amnesiac, Forget
+from strategies.actions import ACTIONS, Amnesiac, Forget
 from strategies.exchange import Reply
 from strategies.screen import missing
 
@@ -136,12 +138,10 @@ def test_a_damaged_list_stops_the_client_and_is_no_refusal(tmp_path, batch):
 @pytest.mark.parametrize(
     ("refuse", "action", "config", "named"),
     [
-        ("class", "query.forget", CLASS_3, "class"),
-        ("samples, class", "train.ascend", {**CLASS_3, "radius": 1.0}, "class"),
+        ("samples, class", "query.forget", CLASS_3, "class"),
         ("forget", "query.forget", CLASS_3, "forget"),
         ("amnesiac", "train.amnesiac", ALL, "amnesiac"),
-        ("all", "query.statistics", {**CLASS_3, "kind": "fisher"}, "all"),
-        ("all", "train.rapid", {}, "all"),
+        ("all", "train.amnesiac", ALL, "all"),
     ],
 )
 def test_what_the_owner_does_not_allow_is_refused_by_name(
@@ -154,6 +154,30 @@ def test_what_the_owner_does_not_allow_is_refused_by_name(
     assert missing(Reply("client-0000", 1, reply)) == f"error 6: {reply.error.reason}"
     assert not list(tmp_path.iterdir())
     assert count(train(grid, 1)) > 0  # training is not forgetting
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("config", [CLASS_3, {}])
+def test_every_action_can_be_refused_by_its_name_or_by_what_it_selects(action, config):
+    done = []
+
+    def answered(refuse):
+        app = ClientApp(mods=[refusals(lambda context: TaskOptions(refuse=refuse))])
+        kind, _, name = action.partition(".")
+
+        @getattr(app, kind)(name)
+        def handle(message, context):
+            done.append(refuse)
+            return Message(RecordDict(), reply_to=message)
+
+        return not messages.is_refusal(ask(InProcessGrid(app, 1), action, config))
+
+    assert not answered("all")
+    assert not answered(action.partition(".")[2])
+    assert answered("class") == (config != CLASS_3)
+    assert answered("samples")
+    assert answered("")
+    assert set(done) == {"samples", ""} | ({"class"} if config != CLASS_3 else set())
 
 
 def test_what_is_not_named_is_not_refused_and_an_owner_has_the_last_word(tmp_path):
