@@ -5,9 +5,9 @@ from collections.abc import Callable
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
-from client.task.protocol import EVERYTHING, TaskOptions, refused
+from client.task.protocol import EVERYTHING, REFUSABLE, TaskOptions, refused
 from strategies import messages
-from strategies.actions import ACTIONS
+from strategies.actions import name_of
 from unlearning.errors import RefusedRequestError
 
 
@@ -20,7 +20,7 @@ def refusals(options: Callable[[Context], TaskOptions]) -> Mod:
 
     def refuse(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         try:
-            if message.metadata.message_type in ACTIONS:
+            if name_of(message.metadata.message_type) in REFUSABLE:
                 check_allowed(message, options(context).refuse)
             return call_next(message, context)
         except RefusedRequestError as error:
@@ -33,7 +33,7 @@ def check_allowed(message: Message, refuse: str) -> None:
     """Raise ``RefusedRequestError`` if the owner's setting names what a message asks."""
     config = message.content.get(messages.CONFIG) if message.has_content() else None
     selection = config.get("forget") if isinstance(config, ConfigRecord) else None
-    asked = {EVERYTHING, message.metadata.message_type.partition(".")[2], selection}
+    asked = {EVERYTHING, name_of(message.metadata.message_type), selection}
     found = sorted(refused(refuse) & asked)
     if found:
         raise RefusedRequestError(f"this client's owner does not allow {found[0]!r}")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from strategies.actions import ACTIONS, SELECTIONS
+from strategies.actions import SELECTIONS, named
 from unlearning.errors import SecateurError
 
 Examples = Dataset[Any]
@@ -28,7 +28,7 @@ class TaskError(SecateurError):
 
 EVERYTHING = "all"
 """Refuses whatever the server may ask of a client besides training and evaluation."""
-REFUSABLE = frozenset({EVERYTHING, *SELECTIONS, *(name.partition(".")[2] for name in ACTIONS)})
+REFUSABLE = frozenset({EVERYTHING, *SELECTIONS, *named().values()})
 
 
 def refused(text: str) -> frozenset[str]:

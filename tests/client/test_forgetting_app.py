@@ -18,7 +18,7 @@ from server.cli import main
 from server.federation import initial_model
 from simulation.engines.inprocess import InProcessGrid
 from strategies import messages
-from strategies.actions import ACTIONS, Amnesiac, Forget
+from strategies.actions import Amnesiac, Forget, named
 from strategies.exchange import Reply
 from strategies.screen import missing
 
@@ -156,7 +156,7 @@ def test_what_the_owner_does_not_allow_is_refused_by_name(
     assert count(train(grid, 1)) > 0  # training is not forgetting
 
 
-@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("action", named())
 @pytest.mark.parametrize("config", [CLASS_3, {}])
 def test_every_action_can_be_refused_by_its_name_or_by_what_it_selects(action, config):
     done = []
@@ -173,7 +173,7 @@ def test_every_action_can_be_refused_by_its_name_or_by_what_it_selects(action, c
         return not messages.is_refusal(ask(InProcessGrid(app, 1), action, config))
 
     assert not answered("all")
-    assert not answered(action.partition(".")[2])
+    assert not answered(named()[action])
     assert answered("class") == (config != CLASS_3)
     assert answered("samples")
     assert answered("")
