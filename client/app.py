@@ -159,6 +159,8 @@ def log_of(
     """
     own = own_options(options, context)
     if own.batch_log == "off":
+        if (keeping := keeping_of(options, context)) is not None:
+            BatchLog(keeping.folder / LOG).end()
         return None
     log = BatchLog(
         needed_keeping(options, context).folder / LOG,

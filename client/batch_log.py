@@ -135,6 +135,15 @@ class BatchLog:
                 rounds = [known if entry is there[-1] else entry for entry in index.rounds]
                 self._write(rounds, set(index.removed))
 
+    def end(self) -> None:
+        """Give up all updates, where a client trains on without logging: rounds will be missing."""
+        if not (self.folder / INDEX).exists():
+            return
+        with locked(self.folder):
+            index = self._index()
+            if not all(entry.dropped for entry in index.rounds):
+                self._write([entry.emptied() for entry in index.rounds], set(index.removed))
+
     @contextlib.contextmanager
     def recording(self, job: Job, model: nn.Module) -> Iterator[Observe]:
         """Log a round's steps; the round is in the log, whole, when this ends without an error.
@@ -219,8 +228,8 @@ class BatchLog:
         gone = [entry.number for entry in holding if entry.dropped]
         if gone:
             raise BatchLogError(
-                f"batches of {_rounds(gone)} are needed and no longer there: the log was full, or "
-                "the run another; ask for another method"
+                f"batches of {_rounds(gone)} are needed and no longer there: the log was full or "
+                "off, or the run another; ask for another method"
             )
         unknown = [entry.number for entry in holding if entry.share is None]
         if unknown:

@@ -225,6 +225,32 @@ def test_a_client_without_a_log_refuses_amnesiac_unlearning(tmp_path, batch):
     assert "no batch is logged" in reply.error.reason
 
 
+def test_rounds_without_a_log_end_it(tmp_path):
+    logged, off = (
+        grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": kind})
+        for kind in ("random", "off")
+    )
+    train(logged, 1)
+    train(off, 2, share=1.0)
+    train(logged, 3)
+    reply = ask(logged, "train.amnesiac", {**ALL, "share": 1.0}, start())
+    assert messages.is_refusal(reply)
+    assert "batches of round 1 are needed" in reply.error.reason
+
+
+def test_a_share_belongs_to_the_round_before_the_message_that_it_came_with(tmp_path):
+    grid = grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": "random"})
+    for number, config in (
+        (1, {}),
+        (2, {"share": 0.25}),
+        (2, {"share": 0.25}),
+        (3, {"share": 0.5}),
+    ):
+        train(grid, number, **config)
+    index = json.loads((tmp_path / "0/batches/index.json").read_text())["content"]
+    assert [entry["share"] for entry in index["rounds"]] == [0.25, 0.5, None]
+
+
 def test_a_log_without_a_folder_is_no_log(tmp_path):
     reply = train(grid_for(batch=True, **{"batch-log": "random"}), 1)
     assert "give it a client-dir" in reply.error.reason

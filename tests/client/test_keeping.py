@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from client import rows
 from client.keeping import FORGOTTEN, TOKENS, Keeping, own_options
-from client.storage import KeepingError
+from client.storage import KeepingError, locked
 from client.task.protocol import TaskOptions
 from strategies import flower
 from strategies.actions import Selection
@@ -83,13 +83,16 @@ def test_rows_of_other_content_have_other_hashes(other):
 
 
 @given(st.permutations(range(8)))
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 def test_hashes_follow_the_rows_wherever_they_are_and_however_they_are_read(order):
     expected = [rows.content_hashes(data())[row] for row in order]
     assert list(rows.content_hashes(data(order))) == expected
     assert list(rows.content_hashes(Streamed(data(order)))) == expected
-    some = rows.subset(Streamed(data()), order[:3])
-    assert list(rows.content_hashes(some)) == expected[:3]
+    known = data()
+    rows.content_hashes(known)
+    for examples in (Streamed(data()), data(), known):
+        some = rows.subset(examples, order[:3])
+        assert list(rows.content_hashes(some)) == expected[:3]
 
 
 def test_rows_that_change_from_reading_to_reading_cannot_be_known():
@@ -200,7 +203,7 @@ def test_the_parts_of_a_selection_leave_out_what_was_forgotten_before(tmp_path):
         max_size=4,
     )
 )
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 def test_forgetting_only_ever_adds(tmp_path_factory, requests):
     folder = tmp_path_factory.mktemp("keeping")
     expected, examples = set(range(8)), data()
@@ -220,14 +223,17 @@ def test_forgetting_only_ever_adds(tmp_path_factory, requests):
 
 def test_forgetting_again_keeps_when_it_was_first(tmp_path):
     for number in (3, 9):
-        Keeping(tmp_path).forget(a_class(1), data(), number, f"r-{number}")
-    (when,) = Keeping(tmp_path).forgotten().classes.values()
-    assert (when.round, when.request) == (3, "r-3")
+        for selection in (a_class(1), EVERYTHING):
+            Keeping(tmp_path).forget(selection, data(), number, f"r-{number}")
+    forgotten = Keeping(tmp_path).forgotten()
+    for when in (*forgotten.classes.values(), *forgotten.rows.values()):
+        assert (when.round, when.request) == (3, "r-3")
 
 
 def test_it_is_on_the_disk_when_forgetting_returns_and_another_object_sees_it(tmp_path):
     one, other, examples = Keeping(tmp_path), Keeping(tmp_path), data()
     one.forget(a_class(0), examples, 1)
+    assert firsts(one.without_forgotten(examples)) == [1, 2, 4, 5, 7]
     assert firsts(other.without_forgotten(examples)) == [1, 2, 4, 5, 7]
     other.forget(a_class(1), examples, 2)
     assert firsts(one.without_forgotten(examples)) == [2, 5]
@@ -333,6 +339,20 @@ def test_two_processes_lose_nothing_of_each_other(tmp_path):
     assert [process.exitcode for process in running] == [0, 0]
     assert len(Keeping(tmp_path).forgotten().rows) == 8
     assert len(Keeping(tmp_path).without_forgotten(data())) == 0
+
+
+def test_a_folder_in_use_is_waited_for_and_then_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("client.storage.PATIENCE_S", 0)
+    keeping = Keeping(tmp_path)
+    with locked(tmp_path):
+        for act in (
+            lambda: keeping.forget(a_class(0), data(), 1),
+            lambda: keeping.issue([0], data()),
+        ):
+            with pytest.raises(KeepingError, match="in use by another process"):
+                act()
+        assert keeping.without_forgotten(data())  # reading waits for nobody
+    assert keeping.forget(a_class(0), data(), 1) == 3
 
 
 # ---------------------------------------------------------------- settings
