@@ -9,14 +9,23 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
+from client.batch_files import BatchLogError
+from client.batch_log import BatchLog
+from client.forgetting.amnesiac import amnesiac as take_back
+from client.keeping import Keeping, keeping_of, own_options
+from client.refusals import refusals
 from client.scratch import scratch_for
 from client.task import evaluation
 from client.task.device import choose_device
-from client.task.protocol import TaskOptions, load_task, size_of
+from client.task.protocol import Examples, TaskOptions, load_task, size_of
 from client.train import Job, do
 from strategies import messages
+from strategies.actions import Amnesiac, Forget
+from unlearning.errors import RefusedRequestError
 from unlearning.parameters import Parameters
 
+LOG = "batches"
+"""Folder of the batch log in the client's own."""
 MakeJob = Callable[[Message, Context, TaskOptions], Job]
 """Says what one client does with a ``train`` message."""
 
@@ -38,12 +47,14 @@ def build_app(
     mods
         Flower mods around every message.
     """
-    app = ClientApp(mods=[forget_state, *mods])
-    make_job = job or honest_job
     fixed = TaskOptions.model_validate(config) if config is not None else None
 
     def options(context: Context) -> TaskOptions:
-        return fixed if fixed is not None else TaskOptions.model_validate(context.run_config)
+        run = fixed if fixed is not None else TaskOptions.model_validate(context.run_config)
+        return own_options(run, context)
+
+    app = ClientApp(mods=[forget_state, refusals(options), *mods])
+    make_job = job or honest_job
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -61,6 +72,27 @@ def build_app(
     def identity(message: Message, context: Context) -> Message:
         partition, _ = partition_of(context)
         content = RecordDict({messages.METRICS: MetricRecord({messages.PARTITION: partition})})
+        return Message(content, reply_to=message)
+
+    @app.query("forget")
+    def forget(message: Message, context: Context) -> Message:
+        own, config = options(context), config_of(message)
+        keeping, examples = needed_keeping(own, context), examples_of(own, context)
+        request = str(config.get(messages.REQUEST, ""))
+        number = int(config.get(messages.SERVER_ROUND, 0))
+        count = keeping.forget(Forget.model_validate(config), examples, number, request)
+        return Message(messages.evaluate_reply({"rows": count}, max(1, count)), reply_to=message)
+
+    @app.train("amnesiac")
+    def amnesiac(message: Message, context: Context) -> Message:
+        own, config = options(context), config_of(message)
+        log = log_of(message, context, own)
+        if log is None:
+            raise BatchLogError("no batch is logged here; set batch-log before the first round")
+        asked = Amnesiac.model_validate(config)
+        rows = needed_keeping(own, context).contents(asked, examples_of(own, context))
+        made = take_back(start_of(message), log, rows)
+        content = messages.train_reply(made.arrays, made.metrics, max(1, len(rows)))
         return Message(content, reply_to=message)
 
     return app
@@ -83,15 +115,64 @@ def forget_state(message: Message, context: Context, call_next: ClientAppCallabl
 
 
 def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
-    """Train on this client's own data, as the server's message says."""
-    task = load_task(options)
+    """Train on this client's own data but what it forgot, as the server's message says.
+
+    Raises
+    ------
+    RefusedRequestError
+        If it forgot all it has.
+    """
+    task, examples = load_task(options), examples_of(options, context)
+    keeping = keeping_of(options, context)
+    allowed = examples if keeping is None else keeping.without_forgotten(examples)
+    if allowed is not examples and not size_of(allowed):
+        raise RefusedRequestError("every row of this client is forgotten; do not ask it to train")
     return Job(
         task,
-        task.client_data(*partition_of(context)).train,
+        allowed,
         training_settings(message),
         (round_of(message), _stream(context)),
         choose_device(options.device),
+        log=log_of(message, context, options, before=round_of(message)),
     )
+
+
+def examples_of(options: TaskOptions, context: Context) -> Examples:
+    """Return this client's own training data, with what it forgot."""
+    return load_task(options).client_data(*partition_of(context)).train
+
+
+def needed_keeping(options: TaskOptions, context: Context) -> Keeping:
+    """Return what this client keeps; a client that keeps nothing cannot promise to forget."""
+    keeping = keeping_of(options, context)
+    if keeping is None:
+        raise RefusedRequestError("this client keeps nothing on its disk; give it a client-dir")
+    return keeping
+
+
+def log_of(
+    message: Message, context: Context, options: TaskOptions, before: int | None = None
+) -> BatchLog | None:
+    """Return this client's batch log, told the share that came with a message; ``None`` if off.
+
+    ``before`` is the round of a message that begins one: its share is of an earlier one.
+    """
+    own = own_options(options, context)
+    if own.batch_log == "off":
+        if (keeping := keeping_of(options, context)) is not None:
+            BatchLog(keeping.folder / LOG).end()
+        return None
+    log = BatchLog(
+        needed_keeping(options, context).folder / LOG,
+        kind=own.batch_log,
+        precision=own.batch_log_precision,
+        limit=own.batch_log_limit * 10**6,
+        run=str(context.run_id),
+    )
+    share = config_of(message).get(messages.SHARE)
+    if share is not None:
+        log.told(float(share), before)
+    return log
 
 
 def evaluate_reply(message: Message, context: Context, options: TaskOptions) -> Message:
@@ -136,6 +217,11 @@ def start_of(message: Message) -> Parameters:
 def round_of(message: Message) -> int:
     """Return the number of the round that a message belongs to."""
     return int(message.content[messages.CONFIG][messages.SERVER_ROUND])  # type: ignore[arg-type]
+
+
+def config_of(message: Message) -> dict[str, Any]:
+    """Return the settings that came with a message."""
+    return dict(message.content[messages.CONFIG].items())
 
 
 def _stream(context: Context) -> int:

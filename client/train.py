@@ -4,20 +4,29 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from client.scratch import scratch_for
-from client.task.evaluation import batches
+from client.task.evaluation import numbered_batches
 from client.task.protocol import Examples, Task, size_of
 from strategies.messages import LocalTraining
 from unlearning.parameters import Parameters
 from unlearning.randomness import derive_seed
 
+Observe = Callable[[int, int, Tensor], None]
+"""Called after each step with its epoch and batch, from 0, and the rows that were in it."""
 Finish = Callable[[Parameters, Parameters], Parameters]
 """Global model and trained model -> the model that is sent."""
+
+
+class Log(Protocol):
+    """Keeps what the steps of a job changed."""
+
+    def recording(self, job: "Job", model: nn.Module) -> contextlib.AbstractContextManager[Observe]:
+        """Observe a model from where it is now; what was seen is kept if all goes well."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +45,8 @@ class Job:
     device: torch.device
     finish: Finish | None = None
     """Changes the trained model before it is sent."""
+    log: Log | None = None
+    """Looks at every step; such a job is done by ``do``, one client at a time."""
 
     @functools.cached_property
     def num_examples(self) -> int:
@@ -54,15 +65,18 @@ def do(job: Job, start: Parameters, *, draws: bool = True) -> tuple[Parameters, 
     """
     scratch = scratch_for(job.task, job.device)
     scratch.load(start)
-    metrics = train(
-        job.task,
-        scratch.model,
-        job.examples,
-        job.settings,
-        device=job.device,
-        purpose=job.purpose,
-        draws=draws,
-    )
+    watched = job.log and job.log.recording(job, scratch.model)
+    with watched or contextlib.nullcontext() as observe:
+        metrics = train(
+            job.task,
+            scratch.model,
+            job.examples,
+            job.settings,
+            device=job.device,
+            purpose=job.purpose,
+            draws=draws,
+            observe=observe,
+        )
     return job.sent(start, scratch.state()), metrics
 
 
@@ -75,11 +89,13 @@ def train(
     device: torch.device,
     purpose: tuple[int, int],
     draws: bool = True,
+    observe: Observe | None = None,
 ) -> dict[str, float]:
     """Train ``model``, which is on ``device``, in place; return the mean loss of the last epoch.
 
     The same call always gives the same weights on a CPU. Without ``draws`` torch's own generator,
-    which all threads share, is left alone: for models that draw nothing at random.
+    which all threads share, is left alone: for models that draw nothing at random. ``observe`` must
+    leave the model as it is.
     """
     if not model.training:
         model.train()
@@ -93,7 +109,8 @@ def train(
         for epoch in range(settings.local_epochs):
             order = torch.Generator().manual_seed(order_seed(settings, purpose, epoch))
             loss_sum, count = 0.0, 0
-            for inputs, targets in batches(examples, settings.batch_size, order):
+            numbered = numbered_batches(examples, settings.batch_size, order)
+            for batch, (rows, inputs, targets) in enumerate(numbered):
                 with precision(settings, device):
                     loss = task.loss(model(inputs.to(device)), targets.to(device))
                 objective = loss
@@ -104,6 +121,8 @@ def train(
                 for parameter, gradient in zip(trainable, gradients, strict=True):
                     parameter.grad = gradient
                 optimizer.step()
+                if observe is not None:
+                    observe(epoch, batch, rows)
                 size = targets.shape[0]
                 loss_sum += loss.item() * size
                 count += size

@@ -18,6 +18,7 @@ COMMANDS = {
     "scenarios": (EXPERIMENTS, "List the scenarios that come with Secateur."),
     "attacks": (EXPERIMENTS, "List the attacks that scenarios can simulate."),
     "unlearn": ("server.unlearn", "Take clients out of a saved model, without a federation."),
+    "holdings": ("client.holdings", "Name a client's rows by tokens, and see what it forgot."),
     "methods": ("server.catalogue", "List the unlearning methods."),
     "detectors": ("server.catalogue", "List the detectors."),
 }

@@ -5,7 +5,7 @@ An action's settings travel in ``config`` and are validated on both sides by the
 metrics and, where ``Ask.expects`` says so, arrays of another form.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -152,7 +152,7 @@ class Ascent(Partial):
 class LabelFlip(Partial):
     """Training on the selected rows with wrong labels (``methods`` 6.3)."""
 
-    action = "train.label-flip"
+    action = "train.label_flip"  # Flower takes names of Python functions only
 
     first: float = Field(MANY, ge=0, le=1)
     last: float = Field(FEW, ge=0, le=1)
@@ -248,3 +248,24 @@ class Rcad(Action):
 def read(kind: type[Action], config: Mapping[str, object]) -> Action:
     """Return the settings of an action as a client got them."""
     return kind.model_validate(dict(config))
+
+
+SELECTIONS = ("all", "class", "samples")
+"""What a ``Selection`` may select."""
+
+
+def named() -> dict[str, str]:
+    """Return a name for every action's message type: ``label-flip`` for ``train.label_flip``."""
+    return {kind.action: name_of(kind.action) for kind in _kinds(Action)}
+
+
+def name_of(action: str) -> str:
+    """Return what people call the action of a message type."""
+    return action.partition(".")[2].replace("_", "-")
+
+
+def _kinds(base: type[Action]) -> Iterator[type[Action]]:
+    for kind in base.__subclasses__():
+        if "action" in vars(kind):
+            yield kind
+        yield from _kinds(kind)

@@ -78,6 +78,11 @@ def error_reply(message: Message, raised: Exception) -> Message:
     return Message(error, reply_to=message)
 
 
+def refusal_reply(message: Message, reason: str) -> Message:
+    """Return the reply of a client that was not let do what it was asked."""
+    return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, reason), reply_to=message)
+
+
 def client_context(run_id: int, node_id: int, partition: int, partitions: int) -> Context:
     """Return the context that a simulated client keeps between messages."""
     return Context(

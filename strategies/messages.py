@@ -13,7 +13,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from strategies.arrays import TensorArray, tensor_of
-from strategies.flower import filled
+from strategies.flower import error_reply, filled, refusal_reply
+from unlearning.errors import RefusedRequestError
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer
 
@@ -28,6 +29,15 @@ REFUSED = "refused: "
 SHARE = "share"
 FORGETTINGS = "forgettings"
 """How often the federation has forgotten somebody; not sent before the first time."""
+
+REFUSED = "refused: "
+"""Begins the reason of an error by which a client says that it will not; others say that it could
+not."""
+SHARE = "share"
+"""The weight of the client's last update in its round's average, in [0, 1], 0 where it was not
+used; comes with the client's next message. Clients that keep a batch log need it."""
+REQUEST = "request"
+"""Which request to forget a message belongs to; for the client's own records."""
 
 
 class LocalTraining(BaseModel):
@@ -119,6 +129,23 @@ def train_reply(
 def evaluate_reply(metrics: Mapping[str, int | float], num_examples: int) -> RecordDict:
     """Build the content of a reply to ``evaluate``."""
     return RecordDict({METRICS: MetricRecord({**metrics, NUM_EXAMPLES: num_examples})})
+
+
+def refusal(message: Message, why: object) -> Message:
+    """Return the reply of a client that will not do what it was asked."""
+    return refusal_reply(message, f"{REFUSED}{why}")
+
+
+def failure(message: Message, raised: Exception) -> Message:
+    """Return the reply that tells of an exception."""
+    if isinstance(raised, RefusedRequestError):
+        return refusal(message, raised)
+    return error_reply(message, raised)
+
+
+def is_refusal(reply: Message) -> bool:
+    """Say whether a client refused what it was asked."""
+    return reply.has_error() and (reply.error.reason or "").startswith(REFUSED)
 
 
 def message_from(answer: Answer, node_id: int) -> Message:

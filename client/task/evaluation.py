@@ -75,16 +75,30 @@ def batches(
     examples: Examples, size: int, order: torch.Generator | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches in a random order, or in the given one if ``order`` is ``None``."""
+    for _, inputs, targets in numbered_batches(examples, size, order):
+        yield inputs, targets
+
+
+def numbered_batches(
+    examples: Examples, size: int, order: torch.Generator | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the batches of ``batches``, and before each its rows: their places in ``examples``."""
     count = size_of(examples)
     if isinstance(examples, TensorDataset):
         # Slicing tensors takes a tenth of the time of collating single examples.
         rows = torch.arange(count) if order is None else torch.randperm(count, generator=order)
         inputs, targets = examples.tensors
         for chosen in torch.split(rows, size):
-            yield inputs.index_select(0, chosen), targets.index_select(0, chosen)
+            yield chosen, inputs.index_select(0, chosen), targets.index_select(0, chosen)
         return
-    sampler = None if order is None else RandomSampler(examples, generator=order)  # type: ignore[arg-type]
-    yield from DataLoader(examples, batch_size=size, sampler=sampler)
+    if not count:
+        return
+    places = list(range(count) if order is None else RandomSampler(examples, generator=order))  # type: ignore[arg-type]
+    loader = DataLoader(examples, batch_size=size, sampler=places)
+    for chosen, (inputs, targets) in zip(
+        torch.split(torch.tensor(places), size), loader, strict=True
+    ):
+        yield chosen, inputs, targets
 
 
 def gather(examples: Examples) -> tuple[Tensor, Tensor]:

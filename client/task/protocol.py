@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from strategies.actions import SELECTIONS, named
 from unlearning.errors import SecateurError
 
 Examples = Dataset[Any]
@@ -25,8 +26,18 @@ class TaskError(SecateurError):
     """A task cannot be found, is incomplete, or has no data."""
 
 
+EVERYTHING = "all"
+"""Refuses whatever the server may ask of a client besides training and evaluation."""
+REFUSABLE = frozenset({EVERYTHING, *SELECTIONS, *named().values()})
+
+
+def refused(text: str) -> frozenset[str]:
+    """Return what the setting ``refuse`` names."""
+    return frozenset(part.strip() for part in text.split(",") if part.strip())
+
+
 class TaskOptions(BaseModel):
-    """What every task is told; anything it has no use for it ignores."""
+    """What every task and client is told; anything it has no use for it ignores."""
 
     model_config = ConfigDict(
         extra="ignore",
@@ -53,6 +64,32 @@ class TaskOptions(BaseModel):
     """Seed of the run: partitions, initial weights, batches, sampling and detection."""
     device: str = Field("auto", min_length=1)
     """``auto`` (CUDA, else MPS, else CPU) or the name of a device."""
+
+    client_dir: str = ""
+    """Folder for what a client keeps on its own disk, in which simulated clients have one each;
+    empty for nothing. This and what follows a SuperNode's own ``node-config`` may say better."""
+    refuse: str = ""
+    """What a client does not let itself be asked, with commas: actions such as ``ascend``,
+    selections (``class``, ``samples``), or ``all`` forgetting."""
+    batch_log: Literal["off", "random", "magnitude", "global", "full"] = "off"
+    """What a client logs of each batch's update, for amnesiac unlearning: all of it, or all but
+    entries that are drawn, or that are the smallest of their tensor or of all."""
+    batch_log_precision: Literal["float16", "float32"] = "float16"
+    """Of the log; sums are in the model's own."""
+    batch_log_limit: int = Field(4096, ge=0)
+    """Megabytes that the log of one client may take; 0 for no limit. The oldest rounds go first,
+    and requests that would need them are refused."""
+
+    @field_validator("refuse")
+    @classmethod
+    def _check_refuse(cls, text: str) -> str:
+        unknown = sorted(refused(text) - REFUSABLE)
+        if unknown:
+            raise ValueError(
+                f"there is no {', '.join(unknown)} to refuse; choose of "
+                f"{', '.join(sorted(REFUSABLE))}"
+            )
+        return text
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class InProcessGrid(Grid):
         try:
             start = start_of(sent[0])
         except Exception as error:  # noqa: BLE001  so would every client's ClientApp
-            yield from (flower.with_id(flower.error_reply(message, error)) for message in sent)
+            yield from (flower.with_id(messages.failure(message, error)) for message in sent)
             return
         asked, jobs = [], []
         for message in sent:
@@ -135,7 +135,7 @@ class InProcessGrid(Grid):
                 job = self._job_of(message, self.contexts[message.metadata.dst_node_id])  # type: ignore[misc]
                 job.num_examples  # noqa: B018  counted here: a client's data may raise
             except Exception as error:  # noqa: BLE001  so would the ClientApp
-                yield flower.with_id(flower.error_reply(message, error))
+                yield flower.with_id(messages.failure(message, error))
             else:
                 asked.append(message)
                 jobs.append(job)
@@ -152,6 +152,6 @@ def _trains_on(message: Message) -> int | None:
 
 def _reply(message: Message, outcome: Update | Exception, num_examples: int) -> Message:
     if isinstance(outcome, Exception):
-        return flower.error_reply(message, outcome)
+        return messages.failure(message, outcome)
     content = messages.train_reply(outcome.tensors, outcome.metrics, num_examples, row=outcome.row)
     return flower.reply_to(message, content)

@@ -1,0 +1,349 @@
+"""The batch log on a client's disk: what each batch changed, and which rows it held.
+
+For amnesiac unlearning (``unlearning.amnesiac``; ``methods`` 6.1, 6.2, 6.6). Rows are known by
+content (``client.rows``). A folder holds
+
+- ``index.json``: the rounds logged, how, the client's share in each, and what was removed;
+- ``rows-HASH.safetensors``: contents of a round's rows, uint8, shape (n, 32); rounds share them;
+- ``round-0001-000-HASH.safetensors``: batches of a round, in parts of bounded size.
+
+The index is written last and names every file with its checksum; others do not count.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from client import batch_files as files
+from client.batch_files import BatchLogError, File, Kind, Precision, Way
+from client.rows import content_hashes
+from client.storage import Record, locked, read_record, write_record
+from client.train import Job, Observe
+from strategies.archive import SUFFIX
+from unlearning.amnesiac import LoggedUpdate, Removed, contribution, update_of
+from unlearning.errors import RefusedRequestError
+from unlearning.parameters import Parameters, byte_size, trained_names
+from unlearning.partial_updates import FEW, MANY
+
+log = logging.getLogger("secateur")
+
+INDEX = "index.json"
+PART_BYTES = 64 * 10**6
+"""Updates held in memory before they are written."""
+
+
+class Round(Record):
+    """One round of the log."""
+
+    number: int
+    run: str
+    way: Way
+    shapes: dict[str, list[int]]
+    """Of the trained tensors, in the model's order."""
+    rows: File
+    parts: list[File]
+    share: float | None = None
+    """The client's weight in the round's average, once the server has told it."""
+    dropped: bool = False
+    """Whether its updates are gone, while its rows are known."""
+
+    def emptied(self) -> "Round":
+        """Return the round without its updates."""
+        return self.model_copy(update={"parts": [], "dropped": True})
+
+
+class Index(Record):
+    """What ``index.json`` holds."""
+
+    rounds: list[Round] = Field(default_factory=list)
+    """Ascending."""
+    removed: list[str] = Field(default_factory=list)
+    """Contents of rows all of whose batches were taken back, and deleted; not trained on since."""
+
+
+@dataclass(frozen=True)
+class TakenBack:
+    """What a client asks the federation to subtract.
+
+    Attributes
+    ----------
+    update
+        ``Z_k = sum_t p_k^t sum_b Delta`` over the trained tensors.
+    batches
+        How many batches that is.
+    first
+        First round that is logged at all; what was before nobody here can tell.
+    """
+
+    update: dict[str, Tensor]
+    batches: int
+    first: int
+
+
+@dataclass(frozen=True)
+class BatchLog:
+    """One client's log.
+
+    Attributes
+    ----------
+    folder
+        Its own; made when something is logged.
+    kind
+        What is stored of an update: all but what is dropped at ``random``, or all but the smallest
+        by ``magnitude`` in each tensor or the ``global`` ones; or it in ``full``.
+    precision
+        Of what is stored.
+    limit
+        Bytes of updates; 0 for no limit. To stay within it, the oldest rounds' are dropped.
+    run
+        The federation's run. Updates of another one are of another model, and are dropped.
+    first, last
+        Shares of entries dropped, at both ends of the model's depth.
+    """
+
+    folder: Path
+    kind: Kind = "random"
+    precision: Precision = "float16"
+    limit: int = 0
+    run: str = ""
+    first: float = MANY
+    last: float = FEW
+
+    def told(self, share: float, before: int | None = None) -> None:
+        """Keep the client's share in the newest round logged, or the newest before a round.
+
+        Raises
+        ------
+        BatchLogError
+            If it lies outside of [0, 1].
+        """
+        if not 0 <= share <= 1:
+            raise BatchLogError(f"a client's share must lie in [0, 1], the server says {share}")
+        if not (self.folder / INDEX).exists():
+            return
+        with locked(self.folder):
+            index = self._index()
+            there = [r for r in index.rounds if before is None or r.number < before]
+            if there and there[-1].share is None:
+                known = there[-1].model_copy(update={"share": float(share)})
+                rounds = [known if entry is there[-1] else entry for entry in index.rounds]
+                self._write(rounds, set(index.removed))
+
+    def end(self) -> None:
+        """Give up all updates, where a client trains on without logging: rounds will be missing."""
+        if not (self.folder / INDEX).exists():
+            return
+        with locked(self.folder):
+            index = self._index()
+            if not all(entry.dropped for entry in index.rounds):
+                self._write([entry.emptied() for entry in index.rounds], set(index.removed))
+
+    @contextlib.contextmanager
+    def recording(self, job: Job, model: nn.Module) -> Iterator[Observe]:
+        """Log a round's steps; the round is in the log, whole, when this ends without an error.
+
+        Rounds from this one on that are there already come from a course of the federation that
+        it has left; they are replaced.
+        """
+        number, client = job.purpose
+        with locked(self.folder):
+            index = self._begun(number)
+            way = Way(
+                kind=self.kind, precision=self.precision, first=self.first, last=self.last,
+                seed=job.settings.seed, client=client,
+            )  # fmt: skip
+            recorder = _Recorder(self, index, number, way, model)
+            yield recorder.step
+            recorder.commit(content_hashes(job.examples))
+
+    def take_back(self, like: Parameters, samples: frozenset[str]) -> TakenBack:
+        """Return what samples brought into the model, and never do so again.
+
+        Their batches' updates are deleted. Samples removed before are passed over.
+
+        Parameters
+        ----------
+        like
+            A model, for names, shapes and dtypes.
+        samples
+            Contents of rows.
+
+        Raises
+        ------
+        BatchLogError
+            If there is no log, rounds that the samples were in are dropped, have no known share or
+            are damaged. Nothing is removed then.
+        RefusedRequestError
+            If all samples were removed before.
+        """
+        index = self._index() if (self.folder / INDEX).exists() else Index()
+        if not index.rounds:
+            raise BatchLogError("no batch is logged here; set batch-log before the first round")
+        with locked(self.folder):
+            index = self._index()
+            wanted = samples - set(index.removed)
+            if samples and not wanted:
+                raise RefusedRequestError("already removed: all rows of this request")
+            lists = {entry.rows for entry in index.rounds}
+            rows = {file: files.load_rows(self.folder, file) for file in lists}
+            holding = [entry for entry in index.rounds if not wanted.isdisjoint(rows[entry.rows])]
+            self._check(holding)
+            entries = self._entries(holding, rows, wanted)
+            update, removed = contribution(like, entries, wanted)
+            rounds = [self._purged(r, removed) if r in holding else r for r in index.rounds]
+            self._write(rounds, {*index.removed, *wanted})
+        return TakenBack(update, len(removed.batches), index.rounds[0].number)
+
+    # ------------------------------------------------------------ the index
+    def _index(self) -> Index:
+        return read_record(self.folder / INDEX, Index) or Index()
+
+    def _begun(self, number: int) -> Index:
+        """Return the index as a round finds it."""
+        index = self._index()
+        rounds = [
+            entry if entry.run == self.run else entry.emptied()
+            for entry in index.rounds
+            if entry.number < number
+        ]
+        return self._write(rounds, set(index.removed))
+
+    def _write(self, rounds: Sequence[Round], removed: set[str]) -> Index:
+        """Write the index, and delete every file that is not in it."""
+        index = Index(rounds=list(rounds), removed=sorted(removed))
+        write_record(self.folder / INDEX, index)
+        named = {file.name for entry in rounds for file in (entry.rows, *entry.parts)}
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            if path.name not in named:
+                path.unlink(missing_ok=True)
+        return index
+
+    def _check(self, holding: list[Round]) -> None:
+        gone = [entry.number for entry in holding if entry.dropped]
+        if gone:
+            raise BatchLogError(
+                f"batches of {_rounds(gone)} are needed and no longer there: the log was full or "
+                "off, or the run another; ask for another method"
+            )
+        unknown = [entry.number for entry in holding if entry.share is None]
+        if unknown:
+            raise BatchLogError(
+                f"share unknown of {_rounds(unknown)}: the server did not tell this client its "
+                "weight in the average; ask for another method"
+            )
+
+    # ------------------------------------------------------------ updates
+    def _entries(
+        self, rounds: Sequence[Round], rows: Mapping[File, Sequence[str]], wanted: frozenset[str]
+    ) -> Iterator[LoggedUpdate]:
+        for entry in rounds:
+            for part in entry.parts:
+                stored = files.load(self.folder, part)
+                for when in files.batches_in(stored, entry.number):
+                    places = stored[files.key(when, files.ROWS)].tolist()
+                    held = frozenset(rows[entry.rows][place] for place in places)
+                    if not wanted.isdisjoint(held):
+                        update = files.decoded(entry.way, entry.shapes, stored, when)
+                        yield LoggedUpdate(when, held, update, float(entry.share or 0.0))
+
+    def _purged(self, entry: Round, removed: Removed) -> Round:
+        """Return a round whose files hold nothing of batches that were removed."""
+        parts = []
+        for place, part in enumerate(entry.parts):
+            stored = files.load(self.folder, part, wide=False)
+            batches = files.batches_in(stored, entry.number)
+            left = tuple(files.key(when, "") for when in batches if when not in removed.batches)
+            if len(left) == len(batches):
+                parts.append(part)
+            elif left:
+                kept = {name: stored[name] for name in stored if name.startswith(left)}
+                parts.append(files.save(self.folder, _stem(entry.number, place), kept))
+        return entry.model_copy(update={"parts": parts})
+
+
+class _Recorder:
+    """Collects one round."""
+
+    def __init__(
+        self, kept: BatchLog, index: Index, number: int, way: Way, model: nn.Module
+    ) -> None:
+        self._log, self._index, self._number, self._way = kept, index, number, way
+        self._model = model
+        self._before = _trained(model)
+        self._shapes = {name: list(tensor.shape) for name, tensor in self._before.items()}
+        self._buffer: dict[str, Tensor] = {}
+        self._size = 0
+        self._parts: list[File] = []
+        self._lost = False
+
+    def step(self, epoch: int, batch: int, rows: Tensor) -> None:
+        """Take note of what a step changed."""
+        before, self._before = self._before, _trained(self._model)
+        if self._lost:
+            return
+        when = (self._number, epoch, batch)
+        stored = files.encoded(self._way, update_of(before, self._before), when)
+        stored[files.ROWS] = rows.to(torch.int32)
+        self._buffer |= {files.key(when, name): tensor for name, tensor in stored.items()}
+        self._size += byte_size([stored])
+        if self._size >= PART_BYTES:
+            self._flush()
+
+    def commit(self, hashes: Sequence[str]) -> None:
+        """Put the round into the log."""
+        self._flush()
+        entry = Round(
+            number=self._number,
+            run=self._log.run,
+            way=self._way,
+            shapes=self._shapes,
+            rows=files.save_rows(self._log.folder, hashes),
+            parts=self._parts,
+        )
+        # Rows that are trained on again are not removed any more.
+        removed = set(self._index.removed).difference(hashes)
+        rounds = [*self._index.rounds, entry.emptied() if self._lost else entry]
+        self._log._write(rounds, removed)
+
+    def _flush(self) -> None:
+        if self._buffer:
+            stem = _stem(self._number, len(self._parts))
+            self._parts.append(files.save(self._log.folder, stem, self._buffer))
+            self._buffer, self._size = {}, 0
+            self._make_room()
+
+    def _make_room(self) -> None:
+        limit, rounds = self._log.limit, list(self._index.rounds)
+        own = sum(part.size for part in self._parts)
+        held = own + sum(part.size for entry in rounds for part in entry.parts)
+        for place, entry in enumerate(rounds):
+            if limit and held > limit and entry.parts:
+                log.warning("batch log full: updates of round %d are dropped", entry.number)
+                held -= sum(part.size for part in entry.parts)
+                rounds[place] = entry.emptied()
+        self._index = self._index.model_copy(update={"rounds": rounds})
+        if limit and own > limit:
+            log.warning("batch log too small for round %d: it is not logged", self._number)
+            self._lost = True
+            for part in self._parts:
+                (self._log.folder / part.name).unlink(missing_ok=True)
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    return {name: state[name].detach().cpu().clone() for name in trained_names(state)}
+
+
+def _stem(number: int, place: int) -> str:
+    return f"round-{number:04d}-{place:03d}"
+
+
+def _rounds(numbers: list[int]) -> str:
+    listed = ", ".join(map(str, numbers))
+    return f"round {listed}" if len(numbers) == 1 else f"rounds {listed}"

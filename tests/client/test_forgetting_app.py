@@ -1,0 +1,359 @@
+"""The ClientApp that forgets and refuses, on every engine."""
+
+import json
+import re
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.app import build_app, honest_job
+from client.holdings import _opened
+from client.keeping import FORGOTTEN, Keeping
+from client.refusals import refusals
+from client.task.evaluation import state_of
+from client.task.protocol import TaskOptions, load_task
+from server.cli import main
+from server.federation import initial_model
+from simulation.engines.inprocess import InProcessGrid
+from strategies import messages
+from strategies.actions import Amnesiac, Forget, named
+from strategies.exchange import Reply
+from strategies.screen import missing
+
+SETTINGS = {"task": "digits", "model": "mlp", "examples": 90}
+CLIENTS = 3
+CLASS_3 = Forget(forget="class", forget_class=3).config()
+ALL = Amnesiac(forget="all").config()
+
+
+def start():
+    return state_of(initial_model(load_task(TaskOptions.model_validate(SETTINGS)), 0))
+
+
+def grid_for(*, batch, **changes):
+    options = TaskOptions.model_validate({**SETTINGS, **changes})
+
+    def job_of(message, context):
+        return honest_job(message, context, options)
+
+    app = build_app(options.model_dump(by_alias=True))
+    return InProcessGrid(app, CLIENTS, job_of=job_of if batch else None)
+
+
+def ask(grid, action, config, model=None, node=0):
+    """Send one message and return the reply."""
+    content = RecordDict({messages.CONFIG: ConfigRecord(dict(config))})
+    if model is not None:
+        content[messages.ARRAYS] = messages.record_from(model)
+    (reply,) = grid.send_and_receive([Message(content, list(grid.get_node_ids())[node], action)])
+    return reply
+
+
+def train(grid, number, model=None, **config):
+    return ask(grid, "train", {"server-round": number, **config}, model or start())
+
+
+def count(reply):
+    assert not reply.has_error(), reply.error
+    return reply.content["metrics"]["num-examples"]
+
+
+both = pytest.mark.parametrize("batch", [True, False])
+
+
+@both
+def test_a_class_is_not_trained_on_again_also_by_a_new_app(tmp_path, batch):
+    where = {"client-dir": str(tmp_path)}
+    grid = grid_for(batch=batch, **where)
+    before = count(train(grid, 1))
+    reply = ask(grid, "query.forget", {**CLASS_3, "server-round": 2, "request": "r-7"})
+    forgotten = reply.content["metrics"]["rows"]
+    assert 0 < forgotten < before
+    assert not reply.content.array_records
+    for again in (grid, grid_for(batch=batch, **where)):
+        assert count(train(again, 2)) == before - forgotten
+    kept = json.loads((tmp_path / "0" / FORGOTTEN).read_text())["content"]
+    assert kept["classes"] == {"3": {"round": 2, "request": "r-7"}}
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]  # nobody else was asked
+
+
+@both
+def test_without_forgotten_rows_training_is_as_if_they_had_never_been(tmp_path, batch):
+    grid = grid_for(batch=batch, **{"client-dir": str(tmp_path)})
+    options = TaskOptions.model_validate(SETTINGS)
+    examples = load_task(options).client_data(0, CLIENTS).train
+    ask(grid, "query.forget", CLASS_3)
+    found = messages.parameters_from(train(grid, 1).content["arrays"])
+    rest = Keeping(tmp_path / "0").without_forgotten(examples)
+    assert not bool((rest.tensors[1] == 3).any())
+    from client.app import training_settings
+    from client.train import Job, do
+
+    config = RecordDict({messages.CONFIG: ConfigRecord({"server-round": 1})})
+    settings = training_settings(Message(config, 1, "train"))
+    model, _ = do(Job(load_task(options), rest, settings, (1, 0), torch.device("cpu")), start())
+    for name, tensor in model.items():
+        assert torch.allclose(found[name], tensor, atol=1e-5)
+
+
+def test_zero_rows_are_an_answer_and_no_fault(tmp_path):
+    grid = grid_for(batch=False, **{"client-dir": str(tmp_path)})
+    reply = ask(grid, "query.forget", Forget(forget="samples", forget_tokens="0" * 32).config())
+    assert dict(reply.content["metrics"]) == {"rows": 0, "num-examples": 1}
+
+
+@both
+def test_a_client_that_forgot_all_refuses_to_train_and_others_go_on(tmp_path, batch):
+    grid = grid_for(batch=batch, **{"client-dir": str(tmp_path)})
+    assert count(ask(grid, "query.forget", Forget(forget="all").config())) > 1
+    reply = train(grid, 1)
+    assert messages.is_refusal(reply)
+    assert "every row of this client is forgotten" in reply.error.reason
+    assert count(ask(grid, "train", {"server-round": 1}, start(), node=1)) > 0
+
+
+@both
+def test_a_client_that_keeps_nothing_promises_nothing(batch):
+    grid = grid_for(batch=batch)
+    reply = ask(grid, "query.forget", CLASS_3)
+    assert messages.is_refusal(reply)
+    assert "give it a client-dir" in reply.error.reason
+
+
+@both
+def test_a_damaged_list_stops_the_client_and_is_no_refusal(tmp_path, batch):
+    grid = grid_for(batch=batch, **{"client-dir": str(tmp_path)})
+    ask(grid, "query.forget", CLASS_3)
+    (tmp_path / "0" / FORGOTTEN).write_text("")
+    for reply in (train(grid, 1), ask(grid, "query.forget", CLASS_3)):
+        assert reply.has_error()
+        assert not messages.is_refusal(reply)
+        assert "is damaged" in reply.error.reason
+
+
+# ---------------------------------------------------------------- refusals
+@both
+@pytest.mark.parametrize(
+    ("refuse", "action", "config", "named"),
+    [
+        ("samples, class", "query.forget", CLASS_3, "class"),
+        ("forget", "query.forget", CLASS_3, "forget"),
+        ("amnesiac", "train.amnesiac", ALL, "amnesiac"),
+        ("all", "train.amnesiac", ALL, "all"),
+    ],
+)
+def test_what_the_owner_does_not_allow_is_refused_by_name(
+    tmp_path, batch, refuse, action, config, named
+):
+    grid = grid_for(batch=batch, **{"client-dir": str(tmp_path), "refuse": refuse})
+    reply = ask(grid, action, config, start())
+    assert messages.is_refusal(reply)
+    assert reply.error.reason == f"refused: this client's owner does not allow '{named}'"
+    assert missing(Reply("client-0000", 1, reply)) == f"error 6: {reply.error.reason}"
+    assert not list(tmp_path.iterdir())
+    assert count(train(grid, 1)) > 0  # training is not forgetting
+
+
+@pytest.mark.parametrize("action", named())
+@pytest.mark.parametrize("config", [CLASS_3, {}])
+def test_every_action_can_be_refused_by_its_name_or_by_what_it_selects(action, config):
+    done = []
+
+    def answered(refuse):
+        app = ClientApp(mods=[refusals(lambda context: TaskOptions(refuse=refuse))])
+        kind, _, name = action.partition(".")
+
+        @getattr(app, kind)(name)
+        def handle(message, context):
+            done.append(refuse)
+            return Message(RecordDict(), reply_to=message)
+
+        return not messages.is_refusal(ask(InProcessGrid(app, 1), action, config))
+
+    assert not answered("all")
+    assert not answered(named()[action])
+    assert answered("class") == (config != CLASS_3)
+    assert answered("samples")
+    assert answered("")
+    assert set(done) == {"samples", ""} | ({"class"} if config != CLASS_3 else set())
+
+
+def test_what_is_not_named_is_not_refused_and_an_owner_has_the_last_word(tmp_path):
+    grid = grid_for(batch=False, **{"client-dir": str(tmp_path), "refuse": "samples,ascend"})
+    assert count(ask(grid, "query.forget", CLASS_3)) > 0
+    next(iter(grid.contexts.values())).node_config["refuse"] = "class"
+    assert messages.is_refusal(ask(grid, "query.forget", CLASS_3))
+    assert not messages.is_refusal(ask(grid, "query.forget", CLASS_3, node=1))
+
+
+def test_a_crash_is_no_refusal():
+    reply = ask(grid_for(batch=False), "train.nosuch", {}, start())
+    assert reply.has_error()
+    assert not messages.is_refusal(reply)
+
+
+# ---------------------------------------------------------------- batch log
+@both
+def test_a_log_changes_no_model_and_takes_all_back(tmp_path, batch):
+    logged = grid_for(batch=batch, **{"client-dir": str(tmp_path), "batch-log": "full",
+                                      "batch-log-precision": "float32"})  # fmt: skip
+    plain = grid_for(batch=False)
+    model = start()
+    for number, share in ((1, {}), (2, {"share": 1.0})):
+        config = {"local-epochs": 2, "momentum": 0.9, **share}
+        expected = messages.parameters_from(train(plain, number, model, **config).content["arrays"])
+        model = messages.parameters_from(train(logged, number, model, **config).content["arrays"])
+        assert all(torch.equal(model[name], expected[name]) for name in model)
+    refused = ask(logged, "train.amnesiac", ALL, model)
+    assert messages.is_refusal(refused)
+    assert "share unknown of round 2" in refused.error.reason
+    reply = ask(logged, "train.amnesiac", {**ALL, "share": 1.0}, model)
+    back = messages.parameters_from(reply.content["arrays"])
+    assert all(torch.allclose(back[n], t, atol=1e-4, rtol=0) for n, t in start().items())
+    assert dict(reply.content["metrics"]).keys() == {"batches", "first-round", "num-examples"}
+    again = ask(logged, "train.amnesiac", ALL, model)
+    assert again.error.reason == "refused: already removed: all rows of this request"
+
+
+@both
+def test_a_client_without_a_log_refuses_amnesiac_unlearning(tmp_path, batch):
+    grid = grid_for(batch=batch, **{"client-dir": str(tmp_path)})
+    reply = ask(grid, "train.amnesiac", ALL, start())
+    assert messages.is_refusal(reply)
+    assert "no batch is logged" in reply.error.reason
+
+
+def test_rounds_without_a_log_end_it(tmp_path):
+    logged, off = (
+        grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": kind})
+        for kind in ("random", "off")
+    )
+    train(logged, 1)
+    train(off, 2, share=1.0)
+    train(logged, 3)
+    reply = ask(logged, "train.amnesiac", {**ALL, "share": 1.0}, start())
+    assert messages.is_refusal(reply)
+    assert "batches of round 1 are needed" in reply.error.reason
+
+
+def test_a_share_belongs_to_the_round_before_the_message_that_it_came_with(tmp_path):
+    grid = grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": "random"})
+    for number, config in (
+        (1, {}),
+        (2, {"share": 0.25}),
+        (2, {"share": 0.25}),
+        (3, {"share": 0.5}),
+    ):
+        train(grid, number, **config)
+    index = json.loads((tmp_path / "0/batches/index.json").read_text())["content"]
+    assert [entry["share"] for entry in index["rounds"]] == [0.25, 0.5, None]
+
+
+def test_a_log_without_a_folder_is_no_log(tmp_path):
+    reply = train(grid_for(batch=True, **{"batch-log": "random"}), 1)
+    assert "give it a client-dir" in reply.error.reason
+
+
+# ---------------------------------------------------------------- on Ray
+@pytest.mark.ray
+def test_on_ray_a_refusal_arrives_and_what_is_forgotten_stays_so(tmp_path):
+    from simulation.engines import ray
+
+    options = {**SETTINGS, "client-dir": str(tmp_path), "refuse": "samples"}
+    app = build_app(TaskOptions.model_validate(options).model_dump(by_alias=True))
+    found = {}
+
+    def play(grid):
+        from strategies.directory import wait_for_nodes
+
+        wait_for_nodes(grid, CLIENTS, patience_s=60)
+        found["refused"] = ask(grid, "query.forget", Forget(
+            forget="samples", forget_tokens="0" * 32).config())  # fmt: skip
+        found["no log"] = ask(grid, "train.amnesiac", ALL, start())
+        found["before"] = train(grid, 1)
+        found["rows"] = ask(grid, "query.forget", CLASS_3)
+        found["after"] = train(grid, 2)
+        found["all"] = ask(grid, "query.forget", Forget(forget="all").config())
+        found["none"] = train(grid, 3)
+
+    ray.run(play, app, CLIENTS, cpus=2)
+    assert found["refused"].error.reason == "refused: this client's owner does not allow 'samples'"
+    assert messages.is_refusal(found["no log"])
+    rows = found["rows"].content["metrics"]["rows"]
+    assert 0 < rows == count(found["before"]) - count(found["after"])
+    assert "every row of this client is forgotten" in found["none"].error.reason
+    assert messages.is_refusal(found["none"])
+
+
+# ---------------------------------------------------------------- the owner's commands
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as done:
+        main(["holdings", *arguments])
+    captured = capsys.readouterr()
+    return done.value.code, captured.out, captured.err
+
+
+DATA = ("--set", "examples=90", "--partition", "1", "--partitions", "3")
+
+
+def test_an_owner_names_rows_and_sees_that_they_are_left_out(tmp_path, capsys, monkeypatch):
+    folder = ("--client-dir", str(tmp_path))
+    code, out, _ = call(capsys, "issue", *folder, *DATA, "--rows", "3,17", "--json")
+    issued = json.loads(out)
+    assert (code, [entry["row"] for entry in issued]) == (0, [3, 17])
+    tokens = [entry["token"] for entry in issued]
+    assert all(re.fullmatch("[0-9a-f]{32}", token) for token in tokens)
+    code, out, _ = call(capsys, "issue", *folder, *DATA, "--rows", "17")
+    assert (code, out) == (0, f"17\t{tokens[1]}\n")
+
+    grid = grid_for(batch=False, **{"client-dir": str(tmp_path)})
+    selection = Forget(forget="samples", forget_tokens=",".join(tokens)).config()
+    reply = ask(grid, "query.forget", {**selection, "server-round": 5, "request": "r"}, node=1)
+    assert reply.content["metrics"]["rows"] == 2
+
+    code, out, _ = call(capsys, "list", *folder, "--partition", "1", "--json")
+    kept = json.loads(out)
+    assert (code, kept["classes"]) == (0, {})
+    assert list(kept["rows"].values()) == [{"round": 5, "request": "r"}] * 2
+    code, out, _ = call(capsys, "list", *folder, "--partition", "1")
+    assert out.endswith("0 classes and 2 rows are forgotten\n")
+
+    code, out, _ = call(capsys, "check", *folder, *DATA, "--json")
+    counts = json.loads(out)
+    assert (code, counts["left_out"], counts["forgotten_but_trained"]) == (0, 2, 0)
+    monkeypatch.setattr(Keeping, "without_forgotten", lambda self, examples: examples)
+    code, out, _ = call(capsys, "check", *folder, *DATA, "--json")
+    counts = json.loads(out)
+    assert (code, counts["trained"], counts["forgotten_but_trained"]) == (1, counts["rows"], 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["issue", *DATA, "--rows", "3x"], 2, "--rows takes numbers, such as 3,17, got '3x'"),
+        (["issue", *DATA, "--rows", "900"], 1, "rows are numbered from 0 to"),
+        (["check", "--set", "alpha"], 2, "--set takes KEY=VALUE, got 'alpha'"),
+        (["check", "--set", "alpha=0"], 2, "settings: alpha"),
+        (["check", "--task", "nosuch"], 1, "there is no task 'nosuch'"),
+        (["check", "--partition", "3", "--partitions", "3"], 2, "is none of --partitions 3"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, arguments, code, text):
+    found, _, err = call(capsys, *arguments, "--client-dir", str(tmp_path / "folder"))
+    assert (found, len(err.splitlines())) == (code, 1)
+    assert text in err
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_client_with_its_own_data_has_the_folder_itself(tmp_path):
+    keeping, examples = _opened(tmp_path, "digits", [], -1, 1)
+    assert keeping.folder == tmp_path
+    assert len(examples) > 1000
+
+
+def test_logged_clients_are_trained_one_by_one_and_it_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", logger="secateur")
+    count(train(grid_for(batch=True, **{"client-dir": str(tmp_path), "batch-log": "random"}), 1))
+    assert "not trained in batches: a batch log looks at every step" in caplog.text
