@@ -18,6 +18,7 @@ COMMANDS = {
     "scenarios": (EXPERIMENTS, "List the scenarios that come with Secateur."),
     "attacks": (EXPERIMENTS, "List the attacks that scenarios can simulate."),
     "unlearn": ("server.unlearn", "Take clients out of a saved model, without a federation."),
+    "local": ("client.local", "Forget a class or samples on one machine with all the data."),
     "methods": ("server.catalogue", "List the unlearning methods."),
     "detectors": ("server.catalogue", "List the detectors."),
 }

@@ -201,7 +201,7 @@ def test_without_rows_to_forget_the_model_stays(kind, trained):
 def test_a_step_that_diverges_is_told_and_the_model_is_what_it_was(settings, trained):
     model, holding = trained
     before = copied(model)
-    with pytest.raises(ParametersError, match="finite|diverged"):
+    with pytest.raises(ParametersError, match=r"finite|diverged"):
         do(settings, model, holding)
     assert same(model, before)
 
