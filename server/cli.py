@@ -19,6 +19,7 @@ COMMANDS = {
     "attacks": (EXPERIMENTS, "List the attacks that scenarios can simulate."),
     "unlearn": ("server.unlearn", "Take clients out of a saved model, without a federation."),
     "holdings": ("client.holdings", "Name a client's rows by tokens, and see what it forgot."),
+    "local": ("client.local", "Forget a class or samples on one machine with all the data."),
     "methods": ("server.catalogue", "List the unlearning methods."),
     "detectors": ("server.catalogue", "List the detectors."),
 }

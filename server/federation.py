@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, Strategy
 from torch import nn
-from torch.func import functional_call
 
 from client.task.device import choose_device
-from client.task.evaluation import accuracy_of, gather, load_state, predict
+from client.task.evaluation import accuracy_of, forward_of, gather, load_state, predict
 from client.task.models import prunable_layers
 from client.task.protocol import Task, server_data, size_of
 from server.settings import Settings, SettingsError
@@ -141,11 +140,7 @@ def lab_for(
     unlabelled: torch.Tensor | None,
 ) -> ServerLab:
     """Return what can be computed with a model of this class on such data."""
-    network = copy.deepcopy(model).cpu().eval()
-
-    def forward(parameters: Parameters, inputs: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = functional_call(network, dict(parameters), (inputs,))
-        return outputs
+    forward = forward_of(copy.deepcopy(model).cpu(), torch.device("cpu"))
 
     @torch.no_grad()
     def accuracy(parameters: Parameters) -> float:

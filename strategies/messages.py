@@ -25,8 +25,6 @@ SERVER_ROUND = "server-round"
 TRAIN, EVALUATE = "train", "evaluate"
 QUERY_IDENTITY = "query.identity"
 PARTITION = "partition-id"
-REFUSED = "refused: "
-SHARE = "share"
 FORGETTINGS = "forgettings"
 """How often the federation has forgotten somebody; not sent before the first time."""
 

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from client.task.protocol import Examples, Task, TaskError, size_of
+from unlearning.distillation import Forward
 from unlearning.parameters import Parameters
 
 EVALUATION_BATCH = 128
@@ -69,6 +71,32 @@ def _output(model: nn.Module, batch: Tensor) -> Tensor:
             f"{type(error).__name__}: {error}"
         ) from error
     return output
+
+
+def forward_of(network: nn.Module, device: torch.device) -> Forward:
+    """Return a network as a function of parameters and inputs, in evaluation mode.
+
+    Parameters
+    ----------
+    network
+        On ``device``. What it holds is not used: buffers, too, are those of the parameters.
+    device
+        Where to compute. Parameters, inputs and outputs are on the CPU, and gradients pass.
+    """
+
+    def forward(parameters: Parameters, inputs: Tensor) -> Tensor:
+        if network.training:
+            network.eval()
+        here = {name: tensor.to(device) for name, tensor in parameters.items()}
+        # Where nothing is differentiated, many rows at once are only memory.
+        size = max(1, len(inputs)) if torch.is_grad_enabled() else EVALUATION_BATCH
+        outputs = [
+            functional_call(network, here, (rows.to(device),)).cpu()
+            for rows in torch.split(inputs, size)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    return forward
 
 
 def batches(

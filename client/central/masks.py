@@ -1,0 +1,170 @@
+"""Masks and noise before fine-tuning (``methods`` 5), and pruning by class (2.11)."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from client.central.case import Case, Made, selected
+from client.central.settings import Keys
+from client.forgetting.statistics import structure_for
+from client.forgetting.steps import do
+from strategies import actions
+from unlearning import tfidf
+from unlearning.channel_masks import activation_scores, parameter_masks
+from unlearning.errors import MissingNeedError
+from unlearning.fedup import prune
+from unlearning.fisher import (
+    Form,
+    fisher_noise,
+    fisher_scores,
+    golatkar_noise,
+    noise_scale,
+)
+from unlearning.masking import USUAL, Scope, random_mask, says_nothing, top_share
+from unlearning.parameters import Parameters, trained_names
+from unlearning.randomness import generator
+from unlearning.sums import Statistics, means
+
+TIES = "ties_decide: all scores are equal, so that the order of entries decides what is masked"
+
+
+class Share(Keys):
+    """Of a mask."""
+
+    rate: float = Field(USUAL, ge=0, le=1)
+    """Share R to zero, of all that is scored."""
+
+
+class Sampled(Keys):
+    """Of what is computed from rows."""
+
+    most_samples: int = Field(2000, ge=1)
+    """Rows of either set that are enough."""
+
+
+class Fisher(Share, Sampled):
+    """FisherMask (5.1)."""
+
+    form: Form = "mean"
+    scope: Scope = "model"
+
+
+class Channels(Share, Sampled):
+    """ActivationMask and GradMask (5.2, 5.3)."""
+
+
+class Noise(Sampled):
+    """FisherNoise (5.6)."""
+
+    recipe: Literal["golatkar", "eq2"] = "golatkar"
+    """The authors' public code, or the formula of paper 001."""
+    alpha: float = Field(3e-6, ge=0)
+    """Of ``golatkar``."""
+    relative: float = Field(0.05, ge=0)
+    """Of ``eq2``: the mean deviation, in units of the weights' root mean square."""
+
+
+class TfIdf(Share, Sampled):
+    """Class-discriminative pruning (2.11)."""
+
+    rate: float = Field(tfidf.USUAL, ge=0, le=1)
+    """Share of every layer's channels to silence."""
+    bn: bool = True
+    """Whether a channel's normalisation is silenced too."""
+
+
+def statistics(kind: str, case: Case, most_samples: int) -> dict[str, Statistics]:
+    """Return a holder's sums, as a federation's server would get them."""
+    asked = selected({"kind": kind, "most_samples": most_samples}, actions.Statistics, case)
+    outcome = do(asked, case.model, case.holding)
+    named = "count-{}" if kind == "classes" else "{}-count"
+    return {
+        group: Statistics(sums, int(outcome.metrics[named.format(group)]))
+        for group, sums in actions.parted(outcome.arrays).items()
+    }
+
+
+def _both(found: dict[str, Statistics]) -> tuple[Statistics, Statistics | None]:
+    return found["forget"], found["remain"] if found["remain"].count else None
+
+
+def _zeroed(model: Parameters, masks: Parameters, scores: Parameters | None = None) -> Made:
+    """Return the model with the masked entries zeroed; equal scores are worth a warning."""
+    warned = (TIES,) if scores is not None and says_nothing(scores) else ()
+    zeroed = sum(int(mask.sum()) for mask in masks.values())
+    return Made((prune(model, masks),), notes={"zeroed": zeroed}, warnings=warned)
+
+
+def fisher_mask(settings: Fisher, case: Case) -> Made:
+    """Zero what matters most for the rows to forget beyond what matters for the others (5.1)."""
+    found = statistics("fisher", case, settings.most_samples)
+    scores = fisher_scores(*_both(found), settings.form)
+    return _zeroed(case.model, top_share(scores, settings.rate, settings.scope), scores)
+
+
+def activation_mask(settings: Channels, case: Case) -> Made:
+    """Silence the channels more active on the rows to forget than on the others (5.2)."""
+    scores = activation_scores(*_both(statistics("activations", case, settings.most_samples)))
+    channels = top_share(scores, settings.rate)
+    convolutions = structure_for(case.holding).convolutions
+    return _zeroed(case.model, parameter_masks(case.model, convolutions, channels), scores)
+
+
+def grad_mask(settings: Channels, case: Case) -> Made:
+    """Zero the filters that contribute most to recognising the rows to forget (5.3)."""
+    scores = means(statistics("gradients", case, settings.most_samples)["forget"])
+    channels = top_share(scores, settings.rate)
+    masks = parameter_masks(
+        case.model, structure_for(case.holding).convolutions, channels, bias=False
+    )
+    return _zeroed(case.model, masks, scores)
+
+
+def random_masking(settings: Share, case: Case) -> Made:
+    """Zero entries drawn uniformly (5.4)."""
+    trained = {name: case.model[name] for name in trained_names(case.model)}
+    draw = generator(case.training.seed, "random mask")
+    return _zeroed(case.model, random_mask(trained, settings.rate, draw))
+
+
+def noise(settings: Noise, case: Case) -> Made:
+    """Blur every weight by how little it matters for the rows that remain (5.6)."""
+    fisher = means(statistics("fisher", case, settings.most_samples)["remain"])
+    draw = generator(case.training.seed, "fisher noise")
+    if settings.recipe == "eq2":
+        scale = noise_scale(case.model, fisher, settings.relative)
+        return Made((fisher_noise(case.model, fisher, scale, draw),), notes={"scale": scale})
+    layer = structure_for(case.holding).head
+    if layer is None:
+        raise MissingNeedError(
+            "the recipe golatkar treats the last linear layer apart, and the network has none; "
+            "set recipe=eq2"
+        )
+    names = [name for name in (f"{layer}.weight", f"{layer}.bias") if name in case.model]
+    blurred = golatkar_noise(
+        case.model,
+        fisher,
+        draw,
+        head=names,
+        forgotten_class=case.forget_class,
+        alpha=settings.alpha,
+    )
+    return Made((blurred,))
+
+
+def pruning(settings: TfIdf, case: Case) -> Made:
+    """Silence the channels that are most specific to the class (2.11).
+
+    Raises
+    ------
+    MissingNeedError
+        If no class is to be forgotten.
+    """
+    if case.forget_class is None:
+        raise MissingNeedError("tfidf forgets a class; give --forget-class")
+    found = statistics("classes", case, settings.most_samples)
+    scores = tfidf.tfidf_scores([found[str(n)] for n in range(len(found))], case.forget_class)
+    channels = top_share(scores, settings.rate, "tensor")
+    convolutions = structure_for(case.holding).convolutions
+    masks = parameter_masks(case.model, convolutions, channels, norm=settings.bn, following=True)
+    return _zeroed(case.model, masks, scores)

@@ -1,0 +1,66 @@
+"""Every method that runs on one machine, by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from client.central import masks, partial
+from client.central.case import Case, Made
+from client.central.settings import Keys
+
+TUNED = 5
+"""Epochs S of fine-tuning after a mask (``methods`` 5)."""
+
+
+class Nothing(Keys):
+    """Of methods without settings."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes
+    ----------
+    settings
+        Its keys.
+    run
+        Forgets.
+    tuned
+        Epochs of fine-tuning that belong to it.
+    logs
+        Whether it needs the batch log of the training.
+    """
+
+    settings: type[Keys]
+    run: Callable[[Any, Case], Made]
+    tuned: int = 0
+    logs: bool = False
+
+
+def unchanged(settings: Nothing, case: Case) -> Made:
+    """Leave the model to fine-tuning on the rows that remain (2.2)."""
+    del settings
+    return Made((case.model,))
+
+
+def retrained(settings: Nothing, case: Case) -> Made:
+    """Train again from the start, without the rows (2.1)."""
+    del settings
+    return Made((case.train(case.start, None, None, (0, 0)),), guarantee="exact")
+
+
+METHODS: dict[str, Method] = {
+    "fisher-mask": Method(masks.Fisher, masks.fisher_mask, TUNED),
+    "activation-mask": Method(masks.Channels, masks.activation_mask, TUNED),
+    "grad-mask": Method(masks.Channels, masks.grad_mask, TUNED),
+    "random-mask": Method(masks.Share, masks.random_masking, TUNED),
+    "fisher-noise": Method(masks.Noise, masks.noise, TUNED),
+    "tfidf": Method(masks.TfIdf, masks.pruning, TUNED),
+    "ascent": Method(partial.Ascent, partial.ascent),
+    "label-flip": Method(partial.LabelFlip, partial.flip),
+    "amnesiac": Method(partial.Whole, partial.taken_back, logs=True),
+    "partial-amnesiac": Method(partial.PartialLog, partial.taken_back, logs=True),
+    "finetune": Method(Nothing, unchanged, TUNED),
+    "retrain": Method(Nothing, retrained),
+}

@@ -1,0 +1,66 @@
+"""Every step that a data holder can be asked to do, by its settings."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from client.forgetting.ascend import ascend, ascent
+from client.forgetting.flip import flip
+from client.forgetting.holding import predicted
+from client.forgetting.interface import Holding, Outcome
+from client.forgetting.statistics import statistics
+from strategies.actions import Action, Ascend, Ascent, LabelFlip, Statistics
+from unlearning.errors import ParametersError
+from unlearning.parameters import Parameters, check_finite
+
+Step = Callable[[Any, Parameters, Holding], Outcome]
+"""Settings, what came with them, and what there is to compute with -> what came of it."""
+
+STEPS: dict[type[Action], Step] = {
+    Ascend: ascend,
+    Ascent: ascent,
+    LabelFlip: flip,
+    Statistics: statistics,
+}
+
+
+def do(settings: Action, model: Parameters, holding: Holding) -> Outcome:
+    """Do one step and check what it made; nothing that is handed in is changed.
+
+    Parameters
+    ----------
+    model
+        The global model, or what the action says comes with it.
+
+    Raises
+    ------
+    ParametersError
+        If there is no such step, or what it made is not finite, or its loss no number: then there
+        is no result, and the model is what it was.
+    """
+    step = STEPS.get(type(settings))
+    if step is None:
+        known = ", ".join(sorted(kind.action for kind in STEPS))
+        raise ParametersError(f"there is no step {settings.action}; known are {known}")
+    outcome = step(settings, model, holding)
+    try:
+        check_finite(outcome.arrays)
+    except ParametersError as error:
+        raise ParametersError(f"{settings.action} diverged: {error}") from error
+    if settings.action.startswith("train."):
+        _check_loss(settings, outcome.arrays, holding)
+    return outcome
+
+
+@torch.no_grad()
+def _check_loss(settings: Action, model: Parameters, holding: Holding) -> None:
+    for rows in (holding.forget, holding.test):
+        if len(rows[0]):
+            loss: Tensor = holding.loss(predicted(model, holding, rows), rows[1]).mean()
+            if not bool(torch.isfinite(loss)):
+                raise ParametersError(
+                    f"{settings.action} diverged: the loss is {float(loss)}; lower its learning "
+                    "rate or the number of its epochs"
+                )
