@@ -1,28 +1,38 @@
 """The Flower ClientApp: carries messages to and from local training."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
+from client.answers import answer
 from client.batch_files import BatchLogError
 from client.batch_log import BatchLog
+from client.contexts import (
+    config_of,
+    examples_of,
+    needed_keeping,
+    partition_of,
+    round_of,
+    start_of,
+    stream_of,
+    training_settings,
+    use_one_thread,
+)
 from client.forgetting.amnesiac import amnesiac as take_back
-from client.keeping import Keeping, keeping_of, own_options
+from client.forgetting.steps import STEPS
+from client.keeping import keeping_of, own_options
 from client.refusals import refusals
 from client.scratch import scratch_for
 from client.task import evaluation
 from client.task.device import choose_device
-from client.task.protocol import Examples, TaskOptions, load_task, size_of
+from client.task.protocol import TaskOptions, load_task, size_of
 from client.train import Job, do
 from strategies import messages
-from strategies.actions import Amnesiac, Forget
+from strategies.actions import Action, Amnesiac, Forget
 from unlearning.errors import RefusedRequestError
-from unlearning.parameters import Parameters
 
 LOG = "batches"
 """Folder of the batch log in the client's own."""
@@ -83,6 +93,9 @@ def build_app(
         count = keeping.forget(Forget.model_validate(config), examples, number, request)
         return Message(messages.evaluate_reply({"rows": count}, max(1, count)), reply_to=message)
 
+    for kind in STEPS:
+        _register(app, kind, options)
+
     @app.train("amnesiac")
     def amnesiac(message: Message, context: Context) -> Message:
         own, config = options(context), config_of(message)
@@ -96,6 +109,18 @@ def build_app(
         return Message(content, reply_to=message)
 
     return app
+
+
+def _register(
+    app: ClientApp, kind: type[Action], options: Callable[[Context], TaskOptions]
+) -> None:
+    verb, _, name = kind.action.partition(".")
+
+    def handle(message: Message, context: Context) -> Message:
+        use_one_thread()
+        return answer(kind, message, context, options(context))
+
+    (app.train if verb == messages.TRAIN else app.query)(name)(handle)
 
 
 def forget_state(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -131,23 +156,10 @@ def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
         task,
         allowed,
         training_settings(message),
-        (round_of(message), _stream(context)),
+        (round_of(message), stream_of(context)),
         choose_device(options.device),
         log=log_of(message, context, options, before=round_of(message)),
     )
-
-
-def examples_of(options: TaskOptions, context: Context) -> Examples:
-    """Return this client's own training data, with what it forgot."""
-    return load_task(options).client_data(*partition_of(context)).train
-
-
-def needed_keeping(options: TaskOptions, context: Context) -> Keeping:
-    """Return what this client keeps; a client that keeps nothing cannot promise to forget."""
-    keeping = keeping_of(options, context)
-    if keeping is None:
-        raise RefusedRequestError("this client keeps nothing on its disk; give it a client-dir")
-    return keeping
 
 
 def log_of(
@@ -185,48 +197,6 @@ def evaluate_reply(message: Message, context: Context, options: TaskOptions) -> 
     scratch.load(start_of(message))
     metrics = evaluation.evaluate(task, scratch.model, examples, device=device)
     return Message(messages.evaluate_reply(metrics, size_of(examples)), reply_to=message)
-
-
-def training_settings(message: Message) -> messages.LocalTraining:
-    """Read and validate what the server said about local training."""
-    items = message.content[messages.CONFIG].items()
-    return _settings(tuple(item for item in items if item[0] in messages.TRAINING_KEYS))
-
-
-@functools.lru_cache(maxsize=8)
-def _settings(items: tuple[tuple[str, Any], ...]) -> messages.LocalTraining:
-    return messages.LocalTraining.model_validate(dict(items))
-
-
-def partition_of(context: Context) -> tuple[int, int]:
-    """Return this client's partition and their number; (0, 1) for a client with its own data."""
-    config = context.node_config
-    return int(config.get(messages.PARTITION, 0)), int(config.get("num-partitions", 1))
-
-
-def use_one_thread() -> None:
-    """Compute on one thread: more would add up sums in another order, and clients share cores."""
-    torch.set_num_threads(1)
-
-
-def start_of(message: Message) -> Parameters:
-    """Return the model that came with a message; not to be written to."""
-    return messages.shared_parameters(message.content[messages.ARRAYS])  # type: ignore[arg-type]
-
-
-def round_of(message: Message) -> int:
-    """Return the number of the round that a message belongs to."""
-    return int(message.content[messages.CONFIG][messages.SERVER_ROUND])  # type: ignore[arg-type]
-
-
-def config_of(message: Message) -> dict[str, Any]:
-    """Return the settings that came with a message."""
-    return dict(message.content[messages.CONFIG].items())
-
-
-def _stream(context: Context) -> int:
-    """Return what tells this client's random streams from others'."""
-    return int(context.node_config.get(messages.PARTITION, context.node_id))
 
 
 app = build_app()

@@ -134,6 +134,8 @@ class Keeping:
         Tokens not known here are another client's. Duplicates of a row are selected with it.
         """
         match selection.forget:
+            case "none":
+                return []
             case "all":
                 return list(range(size_of(examples)))
             case "class":

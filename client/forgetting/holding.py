@@ -50,18 +50,30 @@ def holding_of(
     chosen[forget] = True
     if int(chosen.sum()) < len(forget):
         raise ParametersError("a row can be forgotten once only, and one is named twice")
-    network = scratch_for(task, device).model
-    return Holding(
+    return holding_with(
         task,
-        forward_of(network, device),
-        task.loss,
         (inputs[chosen], targets[chosen]),
         (inputs[~chosen], targets[~chosen]),
         gather(data.test),
-        training,
-        purpose,
-        device,
+        training=training,
+        purpose=purpose,
+        device=device,
     )
+
+
+def holding_with(
+    task: Task,
+    forget: Rows,
+    remain: Rows,
+    test: Rows,
+    *,
+    training: LocalTraining,
+    purpose: tuple[int, int],
+    device: torch.device,
+) -> Holding:
+    """Return the same of rows that are apart already."""
+    forward = forward_of(scratch_for(task, device).model, device)
+    return Holding(task, forward, task.loss, forget, remain, test, training, purpose, device)
 
 
 def classes_of(model: Parameters, holding: Holding) -> int:

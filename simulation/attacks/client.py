@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from flwr.app import Context, Message
 from torch.utils.data import TensorDataset
 
-from client.app import honest_job, partition_of, round_of
+from client.app import honest_job
+from client.contexts import partition_of, round_of
 from client.task.evaluation import gather
 from client.task.protocol import (
     Task,

@@ -9,7 +9,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from client.app import start_of, use_one_thread
+from client.contexts import start_of, use_one_thread
 from client.train import Job
 from simulation.engines.training import Training, Update
 from strategies import flower, messages
