@@ -7,7 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from client.task.evaluation import state_of
 from client.task.protocol import load_task
-from server.federation import build_federation, build_lab, central_measure, initial_model
+from server.federation import build_federation, central_measure, initial_model
 from server.settings import read_settings
 from strategies.loop import run_rounds
 from strategies.records import RoundRecord
@@ -24,7 +24,7 @@ def main(grid: Grid, context: Context) -> None:
     settings = read_settings(context.run_config)
     task = load_task(settings.task_options())
     model = initial_model(task, settings.seed)
-    federation = build_federation(settings, model, lab=build_lab(task, model))
+    federation = build_federation(settings, model, task)
     federation.summary()
     run_rounds(
         federation,
@@ -32,7 +32,7 @@ def main(grid: Grid, context: Context) -> None:
         state_of(model),
         rounds=settings.rounds,
         train_config=settings.to_record(),
-        measure=central_measure(task, model, settings),
+        measure=central_measure(task, model, settings, lambda: federation.forgotten_classes),
         on_round=log_round,
     )
 

@@ -1,7 +1,7 @@
 """Assemble one federation from its settings."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -9,9 +9,10 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, Strateg
 from torch import nn
 
 from client.task.device import choose_device
-from client.task.evaluation import accuracy_of, forward_of, gather, load_state, predict
+from client.task.evaluation import accuracy_of, batches, forward_of, gather, load_state, predict
 from client.task.models import prunable_layers
 from client.task.protocol import Task, server_data, size_of
+from client.task.structure import structure_of
 from server.settings import Settings, SettingsError
 from strategies.detectors.catalogue import DETECTORS
 from strategies.detectors.interface import Detector
@@ -22,7 +23,8 @@ from strategies.memory import Memory
 from strategies.methods.catalogue import MAKE
 from strategies.methods.drift import Drift
 from strategies.methods.fedup import FedUP
-from strategies.methods.interface import Method, ServerLab
+from strategies.methods.interface import UNKNOWN, Method, Network, ServerLab
+from strategies.methods.masks import MASKS, ClassDiscriminative, Mask, Noise
 from strategies.methods.negation import Negation
 from strategies.methods.replay import FedEraser
 from strategies.methods.subtraction import FAST
@@ -32,6 +34,7 @@ from strategies.roster import Hysteresis
 from strategies.screen import Screen
 from strategies.store import Store
 from strategies.wrapper import Unlearning
+from unlearning.catalogue import Need
 from unlearning.parameters import Parameters
 from unlearning.randomness import derive_seed
 
@@ -43,12 +46,17 @@ REPAIR_EPOCHS = 5
 def build_federation(
     settings: Settings,
     model: nn.Module,
+    task: Task | None = None,
     *,
     store: Store | None = None,
-    lab: ServerLab | None = None,
 ) -> Unlearning:
-    """Return the wrapped strategy that ``settings`` describe, for models like ``model``."""
-    methods = build_methods(settings, model)
+    """Return the wrapped strategy that ``settings`` describe, for models like ``model``.
+
+    Without the task nothing is known of classes and channels, and the server has no data.
+    """
+    lab = build_lab(task, model) if task is not None else None
+    network = network_of(task, model) if task is not None else UNKNOWN
+    methods = build_methods(settings, model, network)
     ready = [methods[name] for name in settings.methods]
     return Unlearning(
         build_strategy(settings),
@@ -72,6 +80,7 @@ def build_federation(
         deadline_s=settings.round_deadline,
         quorum=settings.quorum,
         seed=settings.seed,
+        offers=network.needs() | ({Need.BATCH_LOG} if settings.batch_log != "off" else set()),
     )
 
 
@@ -104,7 +113,9 @@ def build_detector(settings: Settings) -> Detector | None:
         ) from error
 
 
-def build_methods(settings: Settings, model: nn.Module) -> dict[str, Method]:
+def build_methods(
+    settings: Settings, model: nn.Module, network: Network = UNKNOWN
+) -> dict[str, Method]:
     """Return every method by name; which of them can run depends on what is recorded."""
     prunable = prunable_layers(model)
     rate = settings.pruning_rate
@@ -121,8 +132,36 @@ def build_methods(settings: Settings, model: nn.Module) -> dict[str, Method]:
             epochs=REPAIR_EPOCHS,
             batch_size=settings.batch_size,
         ),
+        **{name: Mask(name=name, network=network) for name in MASKS},
+        "tfidf": ClassDiscriminative(network=network),
+        "fisher-noise": Noise(network=network),
     }
     return {name: own.get(name) or make() for name, make in MAKE.items()}
+
+
+def network_of(task: Task, model: nn.Module) -> Network:
+    """Return what is known of the model's class, by running it on a row of the server's data.
+
+    Nothing is known where the server has none, and methods that need channels or classes are
+    refused.
+    """
+    data = server_data(task)
+    held = next((part for part in (data.validation, data.test, data.root) if part), None)
+    if held is None or not size_of(held):
+        return UNKNOWN
+    inputs, targets = next(batches(held, 1, None))
+    network = copy.deepcopy(model).cpu().eval()
+    structure = structure_of(network, inputs)
+    with torch.no_grad():
+        outputs = network(inputs)
+    classes = targets.dim() == 1 and not targets.is_floating_point() and outputs.dim() == 2
+    own = {name for name, _ in network.named_parameters()}
+    head = (f"{structure.head}.{part}" for part in ("weight", "bias") if structure.head is not None)
+    return Network(
+        structure.convolutions,
+        tuple(name for name in head if name in own),
+        outputs.shape[1] if classes else 0,
+    )
 
 
 def build_lab(task: Task, model: nn.Module) -> ServerLab | None:
@@ -160,10 +199,16 @@ def initial_model(task: Task, seed: int) -> nn.Module:
         return task.build_model()
 
 
-def central_measure(task: Task, model: nn.Module, settings: Settings) -> Measure:
+def central_measure(
+    task: Task,
+    model: nn.Module,
+    settings: Settings,
+    without: Callable[[], Collection[int]] = lambda: (),
+) -> Measure:
     """Return a function that measures models on the server's validation and test data.
 
-    ``model`` is used as a scratch pad.
+    ``model`` is used as a scratch pad. Validation, which recovery is judged by, leaves out the
+    classes that ``without`` names: a forgotten class is not to be recovered.
     """
     data = server_data(task)
     device = choose_device(settings.device)
@@ -176,8 +221,21 @@ def central_measure(task: Task, model: nn.Module, settings: Settings) -> Measure
         for name, examples in parts.items():
             found: Mapping[str, float] = {}
             if examples is not None and size_of(examples):
-                found = task.metrics(*predict(model, examples, device=device))
+                outputs, targets = predict(model, examples, device=device)
+                if name == VALIDATION:
+                    outputs, targets = staying(outputs, targets, without())
+                found = task.metrics(outputs, targets) if len(targets) else {}
             measures[name] = accuracy_of(found)
         return measures
 
     return measure
+
+
+def staying(
+    outputs: torch.Tensor, targets: torch.Tensor, classes: Collection[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows whose targets are none of some classes."""
+    if not classes:
+        return outputs, targets
+    kept = ~torch.isin(targets, torch.tensor(sorted(classes)))
+    return outputs[kept], targets[kept]

@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from client.task.evaluation import state_of
 from client.task.protocol import load_task
-from server.federation import TEST, build_federation, build_lab, initial_model
+from server.federation import TEST, build_federation, initial_model
 from simulation.attacks.client import load_poisoned
 from simulation.experiment import attackers, check_trained, train_without
 from simulation.probes import BACKDOOR, FLIP, FORGET, build_probes
@@ -239,7 +239,7 @@ class Comparison:
             settings.device,
             forgotten=self.partitions,
         )
-        federation = build_federation(settings, model, lab=build_lab(task, model))
+        federation = build_federation(settings, model, task)
         trained = self._train(
             federation, grid, _Stopwatch(probes.measure), start, watcher or Watcher()
         )

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from client.app import MakeJob, build_app, honest_job
 from client.task.evaluation import state_of
 from client.task.protocol import load_task
-from server.federation import TEST, build_federation, build_lab, initial_model
+from server.federation import TEST, build_federation, initial_model
 from simulation.attacks.client import AttackedJobs, load_poisoned
 from simulation.probes import Probes, build_probes
 from simulation.scenario import Scenario
@@ -130,7 +130,7 @@ class Experiment:
         model = initial_model(task, settings.seed)
         start = state_of(model)
         probes = build_probes(task, poisoned, scenario.clients.total, model, settings.device)
-        federation = build_federation(settings, model, lab=build_lab(task, model))
+        federation = build_federation(settings, model, task)
 
         def on_round(record: RoundRecord, parameters: Parameters) -> None:
             self._note(federation, record, parameters)

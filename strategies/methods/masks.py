@@ -30,6 +30,7 @@ from unlearning.sums import (
 
 Kind = Literal["fisher", "activations", "gradients"]
 NOTHING = Selection(forget="none")
+MASKS = ("fisher-mask", "activation-mask", "grad-mask", "random-mask")
 _SAME = "same_scores: what is forgotten and what remains look alike, so chance decides the mask"
 
 
