@@ -123,7 +123,7 @@ class Available:
     methods
         Methods that were made ready.
     replay
-        Exact method -> rounds that it would play again.
+        Exact method -> rounds that it would play again; one that is not there fits no budget.
     default
         What a malicious client is forgotten by first.
     fewest
@@ -178,7 +178,7 @@ def route(request: Request, available: Available) -> Route:
     if first is None:
         exactly = f" exactly ({_list(EXACT, 'or')})" if request.promise == "exact" else ""
         raise ImpossibleRequestError(
-            f"no method that forgets a {request.target}{exactly} was made ready; add one to the "
+            f"no method that forgets {_a(request.target)}{exactly} was made ready; add one to the "
             f"methods{_nearest(request, available)}"
         )
     raise type(first)(f"{first}{_nearest(request, available)}") from first
@@ -188,7 +188,7 @@ def _candidates(request: Request, available: Available) -> Iterator[str]:
     order: tuple[str, ...] = EXACT
     if request.promise != "exact":
         order = _approximate(request, available)
-    if request.target in DATA and Need.CERTIFICATE in available.needs:
+    if request.target in METHODS[CERTIFIED].targets and Need.CERTIFICATE in available.needs:
         order = (CERTIFIED, *order)
     for name in order:
         chosen = available.default if name == "fedup" and request.cause == "malicious" else name
@@ -222,8 +222,8 @@ def _check_data(request: Request) -> None:
     """Refuse to forget part of what clients hold where they cannot be trusted, or will not act."""
     if request.cause == "malicious":
         raise UnsafeMethodError(
-            f"forgetting {'a class' if request.target is Target.CLASS else 'samples'} trusts those "
-            "who hold them, and they are malicious; forget the clients"
+            f"forgetting {_a(request.target)} trusts those who hold such data, and they are "
+            "malicious; forget the clients"
         )
     if request.target is Target.CLASS:
         if request.label is None or request.label < 0:
@@ -245,25 +245,25 @@ def _check_data(request: Request) -> None:
 
 
 def _check_named(name: str, request: Request, available: Available) -> None:
-    if name in METHODS and name not in available.methods:
-        raise ImpossibleRequestError(f"{name} was not made ready; add it to the methods")
-    if name not in METHODS:
+    entry = METHODS.get(name)
+    if entry is None:
         raise ImpossibleRequestError(
             f"there is no method {name!r}; choose one of {', '.join(METHODS)}"
         )
-    entry = METHODS[name]
-    if request.target not in entry.targets:
-        _check_possible(request)
-        raise ImpossibleRequestError(
-            f"{name} does not forget a {request.target}, only {_either(entry.targets)}; "
-            "leave the method out to have one chosen"
-        )
-    _check_possible(request)
-    if not entry.federated:
+    if not entry.federated:  # it never can be made ready
         raise ImpossibleRequestError(
             f"{name} is for one machine that has all the data, not for a federation; leave the "
             "method out to have one chosen"
         )
+    if name not in available.methods:
+        raise ImpossibleRequestError(f"{name} was not made ready; add it to the methods")
+    if request.target not in entry.targets:
+        _check_possible(request)
+        raise ImpossibleRequestError(
+            f"{name} does not forget {_a(request.target)}, only {_either(entry.targets)}; "
+            "leave the method out to have one chosen"
+        )
+    _check_possible(request)
     if request.promise == "exact" and entry.guarantee not in PROVEN:
         raise NoExactMethodError(
             f"{name} is not exact, and exact forgetting was asked for; ask for {EXACT[0]}, or "
@@ -285,11 +285,19 @@ def _check(name: str, request: Request, available: Available) -> None:
     _check_needs(name, request, available)
     if request.target not in DATA:  # of which nobody leaves
         _check_company(name, request, available)
-    rounds = available.replay.get(name)
-    if request.most_rounds is not None and rounds is not None and rounds > request.most_rounds:
+    if request.most_rounds is not None:
+        _check_budget(name, request.most_rounds, available.replay.get(name))
+
+
+def _check_budget(name: str, allowed: int, rounds: int | None) -> None:
+    """Refuse what would play too many rounds again, or, to be exact, nobody knows how many."""
+    if rounds is None and METHODS[name].guarantee == "exact":
         raise BudgetError(
-            f"{name} would play {rounds} rounds again, and {request.most_rounds} are allowed"
+            f"nobody knows how many rounds {name} would play again, and {allowed} are allowed; "
+            "allow any number"
         )
+    if rounds is not None and rounds > allowed:
+        raise BudgetError(f"{name} would play {rounds} rounds again, and {allowed} are allowed")
 
 
 def _check_needs(name: str, request: Request, available: Available) -> None:
@@ -299,8 +307,6 @@ def _check_needs(name: str, request: Request, available: Available) -> None:
         there -= {Need.RETAINED}
     helped = {Need.TARGET: request.target_cooperates, Need.DROP: request.target_drops}
     there = with_implied(there - helped.keys() | {need for need, given in helped.items() if given})
-    if request.target in DATA and Need.DROP not in there:
-        raise MissingNeedError(f"{name} needs that {Need.DROP}, and they do not")
     lacking = missing(name, there)
     if Need.BATCH_LOG in lacking:
         raise NoBatchLogError(
@@ -362,10 +368,10 @@ def _nearest(request: Request, available: Available, besides: str = "") -> str:
         except RefusedRequestError:
             continue
         fits.append(name)
-    exact = [name for name in fits if METHODS[name].guarantee == "exact"]
-    if request.promise == "exact" and not exact:
+    proven = [name for name in fits if METHODS[name].guarantee in PROVEN]
+    if request.promise == "exact" and not proven:
         return f"; only approximate methods would work: {', '.join(fits)}" if fits else ""
-    chosen = exact if request.promise == "exact" else fits
+    chosen = proven if request.promise == "exact" else fits
     return f"; {_list(chosen, 'or')} would work" if chosen else ""
 
 
@@ -376,3 +382,7 @@ def _list(words: object, last: str = "and") -> str:
 
 def _either(targets: frozenset[Target]) -> str:
     return _list(sorted(targets), "or")
+
+
+def _a(target: Target) -> str:
+    return f"{target}" if target is Target.SAMPLES else f"a {target}"

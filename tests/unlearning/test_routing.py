@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -9,13 +10,14 @@ from hypothesis import strategies as st
 
 from unlearning import routing
 from unlearning.catalogue import (
+    DATA,
+    HOLDERS,
     METHODS,
     RECORDED,
     SERVER,
     Entry,
     Need,
     Target,
-    missing,
     with_implied,
 )
 from unlearning.errors import (
@@ -23,17 +25,40 @@ from unlearning.errors import (
     BudgetError,
     ImpossibleRequestError,
     MissingNeedError,
+    NoBatchLogError,
     NoExactMethodError,
     NoLastRoundError,
+    NotCertifiedError,
     RefusedRequestError,
     TooFewClientsError,
     UnsafeMethodError,
 )
-from unlearning.routing import EXACT, NEED_MAJORITY, ORDER, POLICY, Available, Request, route
+from unlearning.routing import (
+    CERTIFIED,
+    COOPERATIVE,
+    DROPPED,
+    EXACT,
+    LOGGED,
+    NEED_MAJORITY,
+    ORDER,
+    POLICY,
+    PROVEN,
+    Available,
+    Request,
+    route,
+)
 
 EVERYTHING = frozenset(Need)
 PLAIN = frozenset({Need.LAST, Need.RETAINED})
 A, B, C = "client-0000", "client-0001", "client-0002"
+FOR_CLIENTS = [name for name, entry in METHODS.items() if Target.CLIENT in entry.targets]
+SEVERAL = [name for name in FOR_CLIENTS if METHODS[name].several]
+FOR_DATA = [
+    (name, target)
+    for name, entry in METHODS.items()
+    for target in sorted(entry.targets & DATA)
+    if entry.federated
+]
 
 
 def having(needs, *, participants=10, default="fedup", without=(), **more):
@@ -43,7 +68,18 @@ def having(needs, *, participants=10, default="fedup", without=(), **more):
 
 
 def asking(target="client", clients=(A,), cause="privacy", **terms):
-    return Request(Target(target), clients, cause, **terms)
+    part = {"class": {"label": 3}, "samples": {"tokens": ("a1", "b2")}}.get(target, {})
+    return Request(Target(target), clients, cause, **part | terms)
+
+
+def named(name, clients=(A,), target=None, **terms):
+    """A request by name, on terms on which the method serves it where everything is there."""
+    entry = METHODS[name]
+    target = target or ("client" if name in FOR_CLIENTS else min(entry.targets))
+    guarantee = "exact" if entry.guarantee in PROVEN else "approximate"
+    if target == "client" and entry.needs & {Need.TARGET, Need.DROP}:
+        terms = {"target_cooperates": True, **terms}
+    return asking(target, clients, **{"method": name, "guarantee": guarantee, **terms})
 
 
 # ---------------------------------------------------------------- the table, row by row
@@ -140,19 +176,19 @@ def test_backdoor_whose_culprit_is_unknown():
         route(asking("backdoor", (), "malicious", method="fedup"), having(EVERYTHING))
 
 
-def test_classes_and_samples_need_their_holders():
-    with pytest.raises(ImpossibleRequestError, match="class statistics"):
-        route(asking("class"), having(EVERYTHING))
-    with pytest.raises(ImpossibleRequestError, match="the whole client can be forgotten instead"):
-        route(asking("samples"), having(EVERYTHING))
-    with pytest.raises(ImpossibleRequestError, match="class statistics"):
-        route(asking("class", method="fedup"), having(EVERYTHING))
+def test_classes_and_samples_are_forgotten_by_their_holders():
+    there = having(EVERYTHING - {Need.BATCH_LOG, Need.CERTIFICATE})
+    for target in DATA:
+        assert route(asking(target, guarantee="approximate"), there).method == "fisher-mask"
+        assert route(asking(target), there).method == "rollback"
 
 
 # ---------------------------------------------------------------- the table, cell by cell
 L, S, H = Need.LAST, Need.SAMPLED_HISTORY, Need.HISTORY
 U, R, P = Need.UNLABELLED, Need.RETAINED, Need.LEDGER
 I, K = Need.INITIAL, Need.CHECKPOINTS  # noqa: E741
+Y, V = Need.CLASSES, Need.CONVOLUTIONS
+G, F = Need.BATCH_LOG, Need.CERTIFICATE
 MALICIOUS_BACKDOOR = {"target": "backdoor", "cause": "malicious"}
 PRIVATE_BACKDOOR = {"target": "backdoor", "guarantee": "approximate"}
 LEAVER = {"guarantee": "approximate"}
@@ -197,10 +233,75 @@ CELLS = [
     ({"target": "backdoor"}, {I, K, L, R}, "", "rollback", ""),
     ({"target": "backdoor"}, {I, L, R}, "", "retrain", "rollback"),
     ({"cause": "malicious", "guarantee": "exact"}, {I, K, L, R}, "", "rollback", ""),
+    # What certifies deletions of samples says nothing of whole clients.
+    ({"target_cooperates": True}, {I, L, R, F}, "", "retrain", "rollback"),
+    (HELPER, {L, R, F}, "", "fedup", ""),
+]
+APPROXIMATELY = {"guarantee": "approximate"}
+DROP_ONLY = {"target_cooperates": False, "target_drops": True}
+CLASS = {"target": "class"} | APPROXIMATELY
+SAMPLES = {"target": "samples"} | APPROXIMATELY
+DATA_CELLS = [
+    # A class, all clients answer: FisherMask -> TF-IDF (CNN) -> ascent -> Retrain
+    (CLASS, {I, K, R, V, Y}, "", "fisher-mask", ""),
+    (CLASS, {R}, "", "fisher-mask", ""),
+    (CLASS | {"clients": ()}, {I, R, V, Y}, "", "fisher-mask", ""),
+    (CLASS | {"label": 0}, {I, R, V, Y}, "", "fisher-mask", ""),
+    (CLASS, {I, R, V, Y}, "fisher-mask", "tfidf", ""),
+    (CLASS, {I, R, Y}, "fisher-mask", "ascent", "tfidf"),
+    (CLASS, {I, R, V, Y}, "fisher-mask tfidf", "ascent", ""),
+    (CLASS, {I, R, V, Y}, "fisher-mask tfidf ascent", "retrain", ""),
+    (CLASS, {I, R, V}, "fisher-mask", "retrain", "tfidf ascent"),
+    # Neither a batch log nor certified deletions change what is done about a class.
+    (CLASS, {I, R, V, Y, G, F}, "", "fisher-mask", ""),
+    ({"target": "class"}, {I, K, R, V, Y, G, F}, "", "rollback", ""),
+    # A class, clients only drop it: NoT -> Retrain
+    (CLASS | DROP_ONLY, {I, K, R, V, Y}, "", "not", ""),
+    (CLASS | DROP_ONLY, {R}, "", "not", ""),
+    (CLASS | DROP_ONLY, {I, R, V, Y}, "not", "retrain", ""),
+    # Samples, batches logged: amnesiac -> FisherMask -> Rapid Retraining -> Retrain
+    (SAMPLES, {I, R, Y, G}, "", "amnesiac", ""),
+    (SAMPLES, {R, G}, "", "amnesiac", ""),
+    (SAMPLES, {I, R, Y, G}, "amnesiac", "fisher-mask", ""),
+    (SAMPLES, {I, R, Y, G}, "amnesiac fisher-mask", "rapid-retraining", ""),
+    (SAMPLES, {I, R, Y, G}, "amnesiac fisher-mask rapid-retraining", "retrain", ""),
+    (SAMPLES | DROP_ONLY, {I, R, Y, G}, "", "rapid-retraining", "amnesiac fisher-mask"),
+    (SAMPLES | DROP_ONLY, {I, R, Y, G}, "rapid-retraining", "retrain", "amnesiac fisher-mask"),
+    # Samples, no log: FisherMask -> label flipping
+    (SAMPLES, {I, R, Y}, "", "fisher-mask", ""),
+    (SAMPLES, {R}, "", "fisher-mask", ""),
+    (SAMPLES | {"clients": ()}, {R}, "", "fisher-mask", ""),
+    (SAMPLES, {I, R, Y}, "fisher-mask", "label-flip", ""),
+    (SAMPLES, {I, R}, "fisher-mask", "retrain", "label-flip"),
+    (SAMPLES, {I, R, Y}, "fisher-mask label-flip", "retrain", ""),
+    (SAMPLES | DROP_ONLY, {I, R, Y}, "", "retrain", "fisher-mask label-flip"),
+    # Samples, trained by FFMU and certified: nothing is to be done, if their holder says so.
+    *(
+        ({"target": "samples", "guarantee": guarantee}, {F, *others}, "", "ffmu", "")
+        for guarantee in (None, "exact", "approximate")
+        for others in ((), (I, K, R, Y, G))
+    ),
+    ({"target": "samples", "retained_cooperate": False}, {I, K, R, F}, "", "ffmu", ""),
+    (SAMPLES, {I, R, Y, G, F}, "ffmu", "amnesiac", ""),
+    (SAMPLES, {I, R, Y, F}, "ffmu", "fisher-mask", ""),
+    (SAMPLES | DROP_ONLY, {I, R, Y, F}, "", "retrain", "ffmu fisher-mask label-flip"),
+    ({"target": "samples"}, {I, K, R, F}, "ffmu", "rollback", ""),
+    ({"target": "samples"} | DROP_ONLY, {I, K, R, F}, "", "rollback", "ffmu"),
+    # Exactly: as whole clients are, with holders who drop the data first.
+    *(
+        cell
+        for target in ("class", "samples")
+        for terms in ({"target": target}, {"target": target} | DROP_ONLY)
+        for cell in (
+            (terms, {I, K, L, R, Y, V, G}, "", "rollback", ""),
+            (terms, {I, L, R, Y, V, G}, "", "retrain", "rollback"),
+            (terms, {I, K, R}, "rollback", "retrain", ""),
+        )
+    ),
 ]
 
 
-@pytest.mark.parametrize(("terms", "needs", "without", "expected", "passed"), CELLS)
+@pytest.mark.parametrize(("terms", "needs", "without", "expected", "passed"), CELLS + DATA_CELLS)
 def test_every_cell_of_the_table(terms, needs, without, expected, passed):
     found = route(asking(**terms), having(needs, without=without.split()))
     assert found.method == expected
@@ -234,6 +335,8 @@ def test_drift_takes_the_place_of_fedup_for_attackers_alone():
         (MALICIOUS_BACKDOOR, "^fedup needs last round and retained clients answer, which"),
         (PRIVATE_BACKDOOR, "^fedup needs last round and retained clients answer, which"),
         ({}, "^rollback needs checkpoints and retained clients answer, which is not recorded"),
+        ({"target": "class"}, "^rollback needs checkpoints and retained clients answer, which"),
+        ({"target": "samples"}, "^rollback needs checkpoints and retained clients answer, which"),
     ],
 )
 def test_rows_of_the_table_end_in_a_refusal(terms, message):
@@ -241,8 +344,38 @@ def test_rows_of_the_table_end_in_a_refusal(terms, message):
         route(asking(**terms), having(()))
     with pytest.raises(MissingNeedError, match=message.split(" and ")[0]):
         route(asking(**terms), having(RECORDED - {L, H, K}))  # nobody answers
-    with pytest.raises(MissingNeedError, match="fedup needs last round"):
-        route(asking(**terms | {"guarantee": "approximate"}), having({R}, without=["not"]))
+    if terms.get("target") not in DATA:
+        with pytest.raises(MissingNeedError, match="fedup needs last round"):
+            route(asking(**terms | APPROXIMATELY), having({R}, without=["not"]))
+
+
+@pytest.mark.parametrize(
+    ("terms", "needs", "message"),
+    [
+        (CLASS, {Y, V}, "fisher-mask needs retained clients answer, which is not available"),
+        (CLASS | DROP_ONLY, {Y, V}, "not needs retained clients answer, which is not available"),
+        (SAMPLES, {Y}, "fisher-mask needs retained clients answer, which is not available"),
+        (SAMPLES, {Y, G}, "amnesiac needs retained clients answer, which is not available"),
+        (
+            SAMPLES | DROP_ONLY,
+            {Y, R},
+            "fisher-mask needs target answers, which is not available; not would work",
+        ),
+        (
+            SAMPLES | DROP_ONLY,
+            {Y, R, G},
+            "amnesiac needs target answers, which is not available; not would work",
+        ),
+    ],
+)
+def test_rows_about_classes_and_samples_end_in_a_refusal(terms, needs, message):
+    with pytest.raises(MissingNeedError) as caught:
+        route(asking(**terms), having(needs))
+    assert str(caught.value) == message
+    if R not in needs:  # no other than where they are there, and do not answer
+        with pytest.raises(MissingNeedError) as caught:
+            route(asking(retained_cooperate=False, **terms), having(needs | {I, K, R}))
+        assert str(caught.value) == message
 
 
 def test_retraining_in_the_place_of_an_approximation_keeps_to_the_budget():
@@ -253,18 +386,18 @@ def test_retraining_in_the_place_of_an_approximation_keeps_to_the_budget():
         route(request, having(there, without=["not"], retrain=7))
 
 
-@pytest.mark.parametrize("name", [n for n, e in SERVER.items() if e.guarantee != "exact"])
+@pytest.mark.parametrize("name", [n for n, e in METHODS.items() if e.guarantee == "none"])
 def test_who_wants_deletion_proven_is_not_served_by_an_approximation(name):
-    for cause in POLICY:
+    for guarantee in ("exact", None):
         with pytest.raises(NoExactMethodError, match=f"^{name} is not exact"):
-            route(asking(cause=cause, method=name, guarantee="exact"), having(EVERYTHING))
+            route(named(name, guarantee=guarantee), having(EVERYTHING))
+    if name in FOR_CLIENTS:
+        with pytest.raises(NoExactMethodError, match=f"^{name} is not exact"):
+            route(named(name, cause="malicious", guarantee="exact"), having(EVERYTHING))
 
 
-def test_what_nothing_here_serves_is_refused_whatever_is_there_and_on_whatever_terms():
+def test_a_backdoor_of_nobody_knows_whom_is_refused_whatever_is_there_and_on_whatever_terms():
     for terms in ({}, LEAVER, HELPER, {"cause": "malicious"}):
-        for target, message in (("class", "class statistics"), ("samples", "whole client")):
-            with pytest.raises(ImpossibleRequestError, match=message):
-                route(asking(target, **terms), having(EVERYTHING))
         with pytest.raises(ImpossibleRequestError, match="who planted the backdoor is unknown"):
             route(asking("backdoor", (), **terms), having(EVERYTHING))
 
@@ -283,17 +416,16 @@ def test_where_nothing_fit_was_made_ready_what_would_be_is_named():
         "no method that forgets a client was made ready; add one to the methods; rollback would "
         "work"
     )
-
-
-# ---------------------------------------------------------------- who stays, and who was there
-def named(name, clients, **terms):
-    exact = METHODS[name].guarantee == "exact"
-    return asking(
-        clients=clients, method=name, guarantee="exact" if exact else "approximate", **terms
+    with pytest.raises(ImpossibleRequestError) as caught:
+        route(asking("samples"), having(EVERYTHING, without=everything - {"amnesiac"}))
+    assert str(caught.value) == (
+        "no method that forgets samples exactly (rollback or retrain) was made ready; add one to "
+        "the methods; only approximate methods would work: amnesiac"
     )
 
 
-@pytest.mark.parametrize("name", SERVER)
+# ---------------------------------------------------------------- who stays, and who was there
+@pytest.mark.parametrize("name", SEVERAL)
 def test_those_who_stay_are_as_many_as_a_round_waits_for(name):
     # Two of five leave.
     request = named(name, (A, B))
@@ -306,7 +438,7 @@ def test_those_who_stay_are_as_many_as_a_round_waits_for(name):
         route(request, four)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FOR_CLIENTS)
 @pytest.mark.parametrize("fewest", [1, 2, 3])
 def test_that_nobody_would_stay_is_said_as_such(name, fewest):
     message = "2 of 2 participants" if name in NEED_MAJORITY else "all 2 clients are to be"
@@ -326,7 +458,7 @@ def test_what_asks_nobody_serves_where_too_few_stay_for_a_round():
     assert route(malicious, of_ten).method == "kd"
 
 
-@pytest.mark.parametrize("name", SERVER)
+@pytest.mark.parametrize("name", FOR_CLIENTS)
 def test_those_who_wait_count_against_the_majority(name):
     # floor((N - 1) / 2) of N may go: one more besides w who wait already, of 7 + w in all.
     # w = 4: 5 of 11. w = 5: 6 of 12.
@@ -340,7 +472,7 @@ def test_those_who_wait_count_against_the_majority(name):
         route(request, six)
 
 
-@pytest.mark.parametrize("name", SERVER)
+@pytest.mark.parametrize("name", SEVERAL)
 def test_whoever_was_not_in_the_last_round_is_not_served_by_what_rests_on_it(name):
     request = named(name, (A, C))
 
@@ -376,6 +508,13 @@ def test_attackers_who_were_not_in_the_last_round_are_handed_on():
         route(asking(cause="malicious", method="fedup"), there)
 
 
+@pytest.mark.parametrize(("name", "target"), FOR_DATA)
+def test_of_those_who_hold_a_class_or_samples_nobody_leaves(name, target):
+    for clients in ((A, B), (A,), ()):
+        there = having(EVERYTHING, participants=2, fewest=2, waiting=3, present=frozenset({C}))
+        assert route(named(name, clients, target), there).method == name
+
+
 def test_a_method_for_one_client_at_a_time_is_not_given_two(monkeypatch):
     monkeypatch.setitem(METHODS, "not", dataclasses.replace(METHODS["not"], several=False))
     assert route(named("not", (A,)), having({R})).method == "not"
@@ -404,24 +543,211 @@ def test_half_may_leave_on_their_own_account():
     assert route(asking(clients=five), having(EVERYTHING)).method == "rollback"
 
 
-@pytest.mark.parametrize("name", [n for n, e in SERVER.items() if not e.safe])
+@pytest.mark.parametrize("name", [name for name in FOR_CLIENTS if not METHODS[name].safe])
 def test_methods_that_trust_the_target_are_refused_for_attackers(name):
-    request = asking(cause="malicious", method=name, guarantee="approximate")
-    with pytest.raises(UnsafeMethodError, match=rf"{name} trusts .*; fedup, .* would work"):
-        route(request, having(EVERYTHING))
+    for cooperates in (None, True, False):
+        request = named(name, cause="malicious", target_cooperates=cooperates)
+        with pytest.raises(UnsafeMethodError, match=rf"{name} trusts .*; fedup, .* would work"):
+            route(request, having(EVERYTHING))
 
 
-@pytest.mark.parametrize("name", SERVER)
-def test_a_named_method_is_honoured_only_if_its_needs_hold(name):
+@pytest.mark.parametrize(("name", "target"), FOR_DATA + [(None, target) for target in sorted(DATA)])
+def test_no_part_of_what_attackers_hold_is_forgotten_at_their_word(name, target):
+    what = "a class" if target == "class" else "samples"
+    for guarantee in ("exact", "approximate", None):
+        for cooperates in (True, False, None):
+            terms = {"target_cooperates": cooperates, "guarantee": guarantee, "method": name}
+            with pytest.raises(
+                UnsafeMethodError, match=f"^forgetting {what} trusts those who hold"
+            ):
+                route(asking(target, cause="malicious", **terms), having(EVERYTHING))
+
+
+FIT = FOR_DATA + [
+    (name, target) for name, entry in METHODS.items() for target in sorted(entry.targets - DATA)
+]
+
+
+@pytest.mark.parametrize(("name", "target"), FIT)
+def test_a_named_method_is_honoured_only_if_its_needs_hold(name, target):
     entry = METHODS[name]
-    request = asking(method=name, guarantee=None if entry.guarantee == "exact" else "approximate")
-    assert route(request, having(entry.needs)).method == name
-    for need in entry.needs:
+    request = named(name, target=target)
+    # Whether clients help is the request's to say, not the federation's.
+    assert route(request, having(entry.needs - {Need.TARGET, Need.DROP})).method == name
+    for need in entry.needs - {Need.TARGET, Need.DROP}:
         left = EVERYTHING - {need} - {n for n in EVERYTHING if need in with_implied({n})}
-        with pytest.raises(MissingNeedError) as caught:
+        with pytest.raises(RefusedRequestError) as caught:
             route(request, having(left))
-        assert str(caught.value).startswith(f"{name} needs {need}, which is not ")
-        assert ("recorded" in str(caught.value)) == (need in RECORDED)
+        assert str(caught.value).startswith(f"{name} needs {need}, ")
+        special = {G: NoBatchLogError, F: NotCertifiedError}
+        assert type(caught.value) is special.get(need, MissingNeedError)
+        if need not in special:
+            there = "recorded" if need in RECORDED else "available"
+            assert f"{need}, which is not {there}" in str(caught.value)
+    for need in entry.needs & {Need.TARGET, Need.DROP}:
+        # Whoever drops what is to be forgotten does not answer for that alone.
+        silent = {"target_cooperates": False, "target_drops": need is Need.TARGET}
+        if need is Need.DROP and target in DATA:
+            continue  # nothing serves that
+        with pytest.raises(MissingNeedError, match=f"^{name} needs {need}, which is not available"):
+            route(dataclasses.replace(request, **silent), having(EVERYTHING))
+
+
+@pytest.mark.parametrize("target", ["client", "class", "samples"])
+def test_holders_answer_for_their_data_and_leavers_do_not_unless_they_say_so(target):
+    usual = target in DATA
+    for said, cooperates in ((None, usual), (True, True), (False, False)):
+        request = asking(target, target_cooperates=said)
+        assert (request.target_cooperates, request.target_drops) == (cooperates, cooperates)
+        for drops in (True, False):
+            assert asking(target, target_cooperates=said, target_drops=drops).target_drops == drops
+    request = asking(target, (B, A, B), tokens=("x", "y", "x"))
+    assert (request.clients, request.tokens) == ((B, A), ("x", "y"))
+
+
+@pytest.mark.parametrize("guarantee", ["exact", "approximate", None])
+@pytest.mark.parametrize("cooperates", [True, False])
+def test_data_that_nobody_drops_is_not_forgotten(guarantee, cooperates):
+    terms = {"target_cooperates": cooperates, "target_drops": False, "guarantee": guarantee}
+    for method in (None, "not", "retrain", "fisher-mask", "noisy-gd"):
+        with pytest.raises(ImpossibleRequestError, match=r"class statistics .* forget the clients"):
+            route(asking("class", method=method, **terms), having(EVERYTHING))
+    for method in (None, "not", "retrain", "amnesiac", "ffmu"):
+        with pytest.raises(ImpossibleRequestError) as caught:
+            route(asking("samples", method=method, **terms), having(EVERYTHING))
+        assert str(caught.value) == (
+            "forgetting samples needs their holder, who must act or leave; the whole client can "
+            "be forgotten instead"
+        )
+    # Which it can, by what was offered.
+    whole = asking(target_cooperates=False, guarantee=guarantee)
+    assert route(whole, having(EVERYTHING)).method in ("rollback", "fedup")
+
+
+@pytest.mark.parametrize("method", [None, "not", "fisher-mask", "retrain", "rapid-retraining"])
+def test_what_is_not_said_is_not_forgotten(method):
+    for guarantee in ("exact", "approximate"):
+        for label in (None, -1):
+            with pytest.raises(ImpossibleRequestError, match=rf"^no class is named \({label}\)"):
+                route(
+                    asking("class", label=label, method=method, guarantee=guarantee),
+                    having(EVERYTHING),
+                )
+        with pytest.raises(ImpossibleRequestError, match=r"^no samples are named"):
+            route(
+                asking("samples", tokens=(), method=method, guarantee=guarantee),
+                having(EVERYTHING),
+            )
+
+
+@pytest.mark.parametrize("target", ["client", "class", "samples"])
+def test_amnesiac_by_name_wants_the_log_that_was_kept(target):
+    request = named("amnesiac", target=target)
+    assert route(request, having({R, G})).method == "amnesiac"
+    with pytest.raises(NoBatchLogError) as caught:
+        route(request, having({R, Y}))
+    would = {
+        "client": "not or fisher-mask",
+        "class": "not, fisher-mask, ascent or label-flip",
+        "samples": "not, fisher-mask, ascent or label-flip",
+    }[target]
+    assert str(caught.value) == (
+        "amnesiac needs batch log at the holders, which was not kept; set batch-log before "
+        f"training; {would} would work"
+    )
+
+
+@pytest.mark.parametrize("guarantee", ["exact", "approximate", None])
+def test_training_that_certifies_deletions_is_not_taken_for_granted(guarantee):
+    request = asking("samples", method="ffmu", guarantee=guarantee)
+    assert route(request, having({F})).method == "ffmu"
+    with pytest.raises(NotCertifiedError) as caught:
+        route(request, having({I, R}))
+    would = "not, retrain, fisher-mask or rapid-retraining"
+    if request.promise == "exact":
+        would = "retrain or rapid-retraining"
+    assert str(caught.value) == (
+        "ffmu needs training that certifies deletions, and this one certifies no such deletion; "
+        "choose another method, or train with strategy = ffmu and local = full from the start; "
+        f"{would} would work"
+    )
+
+
+def test_a_certified_deletion_is_exact_enough_to_be_offered():
+    with pytest.raises(MissingNeedError, match="checkpoints, which is not recorded; ffmu would"):
+        route(asking("samples", method="rollback"), having({R, F}))
+
+
+def test_a_leaver_who_helps_may_climb_its_own_loss_by_name_alone():
+    there = having(PLAIN)
+    request = named("pga")
+    assert route(request, there).method == "pga"
+    for method in (None, *(n for n in METHODS if n != "pga")):
+        other = dataclasses.replace(request, method=method)
+        with contextlib.suppress(RefusedRequestError):
+            assert route(other, there).method != "pga"
+    with pytest.raises(
+        MissingNeedError, match=r"^pga needs target answers, .*; fedup or not would"
+    ):
+        route(named("pga", target_cooperates=False), there)
+    with pytest.raises(UnsafeMethodError, match=r"^pga trusts what"):
+        route(named("pga", cause="malicious"), there)
+    with pytest.raises(ImpossibleRequestError, match=r"^pga forgets one client at a time"):
+        route(named("pga", (A, B)), there)
+    with pytest.raises(NoLastRoundError, match=f"^pga needs the last round of {A}"):
+        route(request, dataclasses.replace(there, present=frozenset({B})))
+    with pytest.raises(ImpossibleRequestError, match=r"^pga does not forget samples, only client"):
+        route(asking("samples", method="pga"), there)
+
+
+@pytest.mark.parametrize("target", Target)
+def test_what_is_there_for_comparison_is_never_chosen(target):
+    compared = {name for name, entry in METHODS.items() if not entry.routed}
+    assert compared == {
+        *("verifi", "natural", "random", "activation-mask", "grad-mask", "random-mask"),
+        *("fisher-noise", "macforget", "pga", "noisy-gd", "rcad", "sisa", "ij"),
+    }
+    there = having(EVERYTHING, without=METHODS.keys() - compared)
+    for guarantee in ("exact", "approximate"):
+        for cooperates in (True, None):
+            request = asking(target, guarantee=guarantee, target_cooperates=cooperates)
+            # Nor offered, though some of them would work.
+            with pytest.raises(
+                ImpossibleRequestError, match=r"made ready; add one to the methods$"
+            ):
+                route(request, there)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if not entry.federated])
+@pytest.mark.parametrize("target", Target)
+def test_what_is_no_federation_s_is_refused_by_name_with_the_reason(name, target):
+    for ready in (having(EVERYTHING), having(EVERYTHING, without=[name])):
+        with pytest.raises(ImpossibleRequestError) as caught:
+            route(asking(target, method=name), ready)
+        assert str(caught.value) == (
+            f"{name} is for one machine that has all the data, not for a federation; leave the "
+            "method out to have one chosen"
+        )
+
+
+@pytest.mark.parametrize("target", ["client", "class", "samples"])
+def test_retraining_of_which_nobody_knows_how_long_it_takes_fits_no_budget(target):
+    request = named("rapid-retraining", target=target)
+    assert route(request, having({I, R})).method == "rapid-retraining"
+    bound = dataclasses.replace(request, most_rounds=9)
+    there = having({I, R}, retrain=10)
+    with pytest.raises(BudgetError, match=r"^nobody knows how many rounds rapid-retraining would"):
+        route(bound, there)
+    nine, ten = (
+        dataclasses.replace(there, replay={"retrain": 10, "rapid-retraining": rounds})
+        for rounds in (9, 10)
+    )
+    assert route(bound, nine).method == "rapid-retraining"
+    with pytest.raises(BudgetError, match=r"^rapid-retraining would play 10 rounds again, and 9"):
+        route(bound, ten)
+    # Exact as it is, it is offered and not chosen.
+    with pytest.raises(MissingNeedError, match=r"^rollback needs .*; rapid-retraining would work"):
+        route(dataclasses.replace(bound, method=None), nine)
 
 
 def test_clients_that_do_not_answer_are_not_counted_on():
@@ -437,6 +763,12 @@ def test_unknown_and_unfit_methods():
         route(asking(method="fedupp"), having(EVERYTHING))
     with pytest.raises(ImpossibleRequestError, match="federaser does not forget a backdoor"):
         route(asking("backdoor", method="federaser"), having(EVERYTHING))
+    with pytest.raises(
+        ImpossibleRequestError, match=r"^tfidf does not forget samples, only class;"
+    ):
+        route(asking("samples", method="tfidf"), having(EVERYTHING))
+    with pytest.raises(ImpossibleRequestError, match=r"^fedup was not made ready; add it to"):
+        route(asking(method="fedup"), having(EVERYTHING, without=["fedup"]))
     with pytest.raises(ImpossibleRequestError, match="no client is named"):
         route(asking(clients=()), having(EVERYTHING))
 
@@ -447,7 +779,10 @@ REQUESTS = st.builds(
     target=st.sampled_from(Target),
     clients=st.lists(st.sampled_from("abcdefgh"), unique=True).map(tuple),
     cause=st.sampled_from(["malicious", "privacy"]),
-    target_cooperates=st.booleans(),
+    target_cooperates=st.sampled_from([None, True, False]),
+    target_drops=st.sampled_from([None, True, False]),
+    label=st.sampled_from([None, -1, 0, 3, 3]),
+    tokens=st.sampled_from([(), ("a1",), ("a1", "b2")]),
     retained_cooperate=st.booleans(),
     guarantee=st.sampled_from([None, "exact", "approximate"]),
     method=st.sampled_from([None, *METHODS]),
@@ -455,9 +790,12 @@ REQUESTS = st.builds(
 )
 STATES = st.builds(
     Available,
-    needs=st.frozensets(st.sampled_from(Need)),
+    needs=st.frozensets(st.sampled_from(Need)) | st.just(EVERYTHING),
     participants=st.integers(1, 12),
-    replay=st.fixed_dictionaries({name: st.integers(1, 40) for name in EXACT}),
+    replay=st.fixed_dictionaries(
+        {name: st.integers(1, 40) for name in EXACT},
+        optional={"rapid-retraining": st.integers(1, 40)},
+    ),
     default=st.sampled_from(["fedup", "drift"]),
     waiting=st.integers(0, 6),
     methods=st.frozensets(st.sampled_from(sorted(METHODS))) | st.just(frozenset(METHODS)),
@@ -466,7 +804,17 @@ STATES = st.builds(
 )
 
 
-@settings(deadline=None)
+def possible(request, available):
+    """Whether the request says all that it must, of those who can be asked for it."""
+    if request.target in DATA:
+        said = request.tokens
+        if request.target is Target.CLASS:
+            said = request.label is not None and request.label >= 0
+        return bool(said) and request.target_drops and request.cause == "privacy"
+    return 0 < len(request.clients) < available.participants
+
+
+@settings(deadline=None, max_examples=200)
 @given(REQUESTS, STATES)
 def test_no_request_is_served_by_what_must_not_serve_it(request, available):
     try:
@@ -476,27 +824,61 @@ def test_no_request_is_served_by_what_must_not_serve_it(request, available):
     entry = METHODS[found.method]
     if request.cause == "malicious":
         assert entry.safe
-        assert Need.TARGET not in entry.needs
+        assert not entry.needs & {Need.TARGET, Need.DROP}
+        assert request.target not in DATA
     if request.promise == "exact":
-        assert entry.guarantee == "exact"
-    assert not missing(found.method, available.needs)
-    assert request.clients
-    assert len(request.clients) < available.participants
+        assert entry.guarantee != "none"
+    if entry.guarantee == "conditional":
+        assert Need.CERTIFICATE in available.needs
+    there = set(available.needs) - {Need.TARGET, Need.DROP}
+    there |= {Need.TARGET, Need.DROP} if request.target_cooperates else set()
+    there |= {Need.DROP} if request.target_drops else set()
+    there |= {Need.SAMPLED_HISTORY} if Need.HISTORY in there else set()
+    there |= {Need.INITIAL} if Need.SAMPLED_HISTORY in there else set()
+    if not request.retained_cooperate:
+        there -= {Need.RETAINED}
+    assert entry.needs <= there
+    assert possible(request, available)
     assert request.target in entry.targets
     assert request.method in (None, found.method)
     assert entry.routed or request.method == found.method
+    assert entry.federated
     assert found.method in available.methods
-    if request.most_rounds is not None and found.method in EXACT:
+    assert found.method not in [name for name, _ in found.passed_over]
+    if request.most_rounds is not None and entry.guarantee == "exact":
         assert available.replay[found.method] <= request.most_rounds
 
 
+@settings(deadline=None, max_examples=200)
+@given(REQUESTS, STATES)
+def test_a_refusal_offers_what_works_and_only_that(request, available):
+    try:
+        route(request, available)
+    except RefusedRequestError as error:
+        message = str(error)
+    else:
+        return
+    weaker = "; only approximate methods would work: "
+    offered = message.rpartition(weaker if weaker in message else "; ")[2]
+    if weaker in message:
+        assert request.promise == "exact"
+        request = dataclasses.replace(request, guarantee="approximate")
+    elif not offered.endswith(" would work"):
+        return
+    for name in re.split(", | or ", offered.removesuffix(" would work")):
+        assert name != request.method
+        assert METHODS[name].routed
+        assert METHODS[name].guarantee == "none" or weaker not in message
+        assert route(dataclasses.replace(request, method=name), available).method == name
+
+
 @contextlib.contextmanager
-def ascent(*, safe):
+def first_of_all(*, safe):
     """Put a method in the catalogue, and first in every order, in which the target computes."""
     entry = Entry(
-        "The target climbs its own loss",
+        "The target does something",
         frozenset({Need.TARGET}),
-        frozenset({Target.CLIENT, Target.BACKDOOR}),
+        frozenset(Target),
         "none",
         safe,
         "1",
@@ -505,57 +887,62 @@ def ascent(*, safe):
         "2.12",
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(METHODS, "ascent", entry)
-        patch.setattr(routing, "COOPERATIVE", ("ascent", *routing.COOPERATIVE))
+        patch.setitem(METHODS, "made-up", entry)
+        for name in ("COOPERATIVE", "DROPPED", "LOGGED"):
+            patch.setattr(routing, name, ("made-up", *getattr(routing, name)))
         for key, names in ORDER.items():
-            patch.setitem(ORDER, key, ("ascent", *names))
+            patch.setitem(ORDER, key, ("made-up", *names))
         yield
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=200)
 @given(REQUESTS, STATES, st.booleans(), st.booleans())
 def test_attackers_never_reach_what_they_compute_in_and_leavers_who_help_do(
     request, available, safe, by_name
 ):
     if by_name:
-        request = dataclasses.replace(request, method="ascent")
-    with ascent(safe=safe):
-        available = dataclasses.replace(available, methods=available.methods | {"ascent"})
+        request = dataclasses.replace(request, method="made-up")
+    with first_of_all(safe=safe):
+        available = dataclasses.replace(available, methods=available.methods | {"made-up"})
         try:
             method = route(request, available).method
         except RefusedRequestError:
             method = None
-    # It is first in every order and asks nobody else: leavers reach it whenever they help.
+    # It is first in every order and asks nobody else: leavers and holders who help reach it
+    # wherever nothing is to be done for certain.
+    nothing_to_do = (
+        request.target is Target.SAMPLES
+        and Need.CERTIFICATE in available.needs
+        and CERTIFIED in available.methods
+    )
     expected = (
         request.cause == "privacy"
         and request.target_cooperates
-        and Need.TARGET in available.needs
         and request.promise == "approximate"
-        and request.target in (Target.CLIENT, Target.BACKDOOR)
-        and request.method in (None, "ascent")
-        and 0 < len(request.clients) < available.participants
+        and (request.method == "made-up" or (request.method is None and not nothing_to_do))
+        and possible(request, available)
     )
-    assert (method == "ascent") == expected
+    assert (method == "made-up") == expected
 
 
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("target", ["client", "backdoor"])
 def test_the_same_request_reaches_it_for_a_leaver_and_not_for_an_attacker(target, safe):
-    with ascent(safe=safe):
+    with first_of_all(safe=safe):
         there = having(EVERYTHING)
-        for method in (None, "ascent"):
+        for method in (None, "made-up"):
             terms = {"guarantee": "approximate", "method": method}
             leaver = asking(target, target_cooperates=True, **terms)
-            assert route(leaver, there).method == "ascent"
+            assert route(leaver, there).method == "made-up"
             attacker = dataclasses.replace(leaver, cause="malicious")
             if method is None:
                 assert route(attacker, there).method == "fedup"
-                assert route(attacker, there).passed_over[0][0] == "ascent"
+                assert route(attacker, there).passed_over[0][0] == "made-up"
                 assert route(asking(target, **terms), there).method == "fedup"
                 continue
-            with pytest.raises(UnsafeMethodError, match="ascent trusts what"):
+            with pytest.raises(UnsafeMethodError, match="made-up trusts what"):
                 route(attacker, there)
-            with pytest.raises(MissingNeedError, match="ascent needs target answers"):
+            with pytest.raises(MissingNeedError, match="made-up needs target answers"):
                 route(asking(target, **terms), there)
 
 
@@ -600,11 +987,68 @@ def served(name, request, there):
 
 
 def test_the_order_names_methods_that_may_be_chosen():
-    for (target, cause), names in ORDER.items():
+    orders = [
+        *ORDER.items(),
+        ((Target.CLIENT, "privacy"), COOPERATIVE),
+        ((Target.CLASS, "privacy"), DROPPED),
+        ((Target.SAMPLES, "privacy"), (CERTIFIED, *LOGGED)),
+        *(((target, cause), EXACT) for target in Target for cause in POLICY),
+    ]
+    assert {*ORDER} == {(target, cause) for target in Target for cause in POLICY} - {
+        (target, "malicious") for target in DATA
+    }
+    for (target, cause), names in orders:
         for name in names:
             assert METHODS[name].routed
+            assert METHODS[name].federated
             assert target in METHODS[name].targets
             assert METHODS[name].safe or cause == "privacy"
+
+
+# ---------------------------------------------------------------- methods 10.1
+CC, CD = "client class samples", "class samples"
+TABLE = {
+    # name: needs, targets, guarantee; whom it is not for
+    "fisher-mask": ({Need.TARGET, R}, CC, "none", "attackers events"),
+    "activation-mask": ({Need.TARGET, R, V}, CC, "none", "attackers events routes"),
+    "grad-mask": ({Need.TARGET, R, V}, CC, "none", "attackers events routes"),
+    "random-mask": ({Need.DROP, R}, CC, "none", "attackers events routes"),
+    "fisher-noise": ({Need.TARGET, R}, CD, "none", "attackers events routes"),
+    "tfidf": ({Need.TARGET, R, V, Y}, "class", "none", "attackers events"),
+    "ascent": ({Need.TARGET, R, Y}, CD, "none", "attackers events"),
+    "label-flip": ({Need.TARGET, R, Y}, CD, "none", "attackers events"),
+    "amnesiac": ({Need.TARGET, R, G}, CC, "none", "attackers events"),
+    "macforget": ({Need.TARGET, R, Y}, CD, "none", "attackers events routes"),
+    "pga": ({Need.TARGET, R, L}, "client", "none", "attackers several events routes"),
+    "rapid-retraining": ({R, I}, CC, "exact", ""),
+    "noisy-gd": ({R}, CC, "none", "routes"),
+    "rcad": ({R}, CC, "none", "routes"),
+    "ffmu": ({Need.TARGET, F}, "samples", "conditional", "attackers events"),
+    "sisa": ({Need.DROP}, "samples", "exact", "attackers federations routes"),
+    "ij": ({Need.TARGET, R, Y}, "samples", "none", "attackers events routes"),
+}
+
+
+def test_what_holders_compute_is_catalogued_as_specified():
+    assert {*TABLE} == {*HOLDERS}
+    assert {**SERVER, **HOLDERS} == METHODS
+    assert not {*SERVER} & {*HOLDERS}
+    for name, (needs, targets, guarantee, not_for) in TABLE.items():
+        entry = HOLDERS[name]
+        flags = {
+            "attackers": entry.safe,
+            "several": entry.several,
+            "events": entry.events,
+            "routes": entry.routed,
+            "federations": entry.federated,
+        }
+        assert (name, entry.needs) == (name, needs)
+        assert (name, entry.targets) == (name, {*targets.split()})
+        assert (name, entry.guarantee) == (name, guarantee)
+        assert (name, {f for f, given in flags.items() if not given}) == (name, {*not_for.split()})
+        assert entry.replays == (name == "rapid-retraining")
+    for name, entry in METHODS.items():  # whoever must answer could lie
+        assert not (entry.safe and entry.needs & {Need.TARGET, Need.DROP}), name
 
 
 @pytest.mark.parametrize(
