@@ -147,9 +147,12 @@ def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
     RefusedRequestError
         If it forgot all it has.
     """
-    task, examples = load_task(options), examples_of(options, context)
-    keeping = keeping_of(options, context)
-    allowed = examples if keeping is None else keeping.without_forgotten(examples)
+    task = load_task(options)
+    examples = allowed = task.client_data(*partition_of(context)).train
+    own = own_options(options, context)
+    log = log_of(message, context, own, before=round_of(message))
+    if (keeping := keeping_of(own, context)) is not None:
+        allowed = keeping.without_forgotten(examples)
     if allowed is not examples and not size_of(allowed):
         raise RefusedRequestError("every row of this client is forgotten; do not ask it to train")
     return Job(
@@ -158,24 +161,28 @@ def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
         training_settings(message),
         (round_of(message), stream_of(context)),
         choose_device(options.device),
-        log=log_of(message, context, options, before=round_of(message)),
+        log=log,
     )
 
 
 def log_of(
-    message: Message, context: Context, options: TaskOptions, before: int | None = None
+    message: Message, context: Context, own: TaskOptions, before: int | None = None
 ) -> BatchLog | None:
     """Return this client's batch log, told the share that came with a message; ``None`` if off.
 
-    ``before`` is the round of a message that begins one: its share is of an earlier one.
+    Parameters
+    ----------
+    own
+        The client's ``own_options``.
+    before
+        Of a message that begins a round, its number: the share is of an earlier one.
     """
-    own = own_options(options, context)
     if own.batch_log == "off":
-        if (keeping := keeping_of(options, context)) is not None:
+        if (keeping := keeping_of(own, context)) is not None:
             BatchLog(keeping.folder / LOG).end()
         return None
     log = BatchLog(
-        needed_keeping(options, context).folder / LOG,
+        needed_keeping(own, context).folder / LOG,
         kind=own.batch_log,
         precision=own.batch_log_precision,
         limit=own.batch_log_limit * 10**6,

@@ -141,8 +141,8 @@ def save(folder: Path, stem: str, tensors: Parameters) -> File:
     return File(name=path.name, sha256=checksum, size=len(data))
 
 
-def load(folder: Path, file: File, *, wide: bool = True) -> SavedModel:
-    """Return a file's tensors, read one by one; ``wide`` as there.
+def load(folder: Path, file: File) -> SavedModel:
+    """Return a file's tensors, read one by one.
 
     Raises
     ------
@@ -158,7 +158,7 @@ def load(folder: Path, file: File, *, wide: bool = True) -> SavedModel:
     if checksum != file.sha256:
         raise BatchLogError(f"{path} is damaged: its checksum is wrong; put back a copy")
     try:
-        return SavedModel(path, wide=wide)
+        return SavedModel(path)
     except ParametersError as error:
         raise BatchLogError(f"{error}; put back a copy") from error
 

@@ -256,7 +256,7 @@ class BatchLog:
         """Return a round whose files hold nothing of batches that were removed."""
         parts = []
         for place, part in enumerate(entry.parts):
-            stored = files.load(self.folder, part, wide=False)
+            stored = files.load(self.folder, part)
             batches = files.batches_in(stored, entry.number)
             left = tuple(files.key(when, "") for when in batches if when not in removed.batches)
             if len(left) == len(batches):

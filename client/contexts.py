@@ -18,9 +18,9 @@ def examples_of(options: TaskOptions, context: Context) -> Examples:
     return load_task(options).client_data(*partition_of(context)).train
 
 
-def needed_keeping(options: TaskOptions, context: Context) -> Keeping:
+def needed_keeping(own: TaskOptions, context: Context) -> Keeping:
     """Return what this client keeps; a client that keeps nothing cannot promise to forget."""
-    keeping = keeping_of(options, context)
+    keeping = keeping_of(own, context)
     if keeping is None:
         raise RefusedRequestError("this client keeps nothing on its disk; give it a client-dir")
     return keeping

@@ -241,25 +241,23 @@ def _state(path: Path) -> tuple[int, ...] | None:
 
 # ---------------------------------------------------------------- whose
 @functools.cache
-def keeping_at(folder: Path) -> Keeping:
-    """Return what is kept in a folder, the same object every time."""
-    return Keeping(folder)
+def keeping_at(client_dir: str, partition: int | None = None) -> Keeping:
+    """Return what a client keeps, the same object every time.
+
+    Parameters
+    ----------
+    partition
+        Of a simulated client, which has a folder of its own in ``client_dir``.
+    """
+    root = Path(client_dir)
+    return Keeping(root if partition is None else root / str(partition))
 
 
-def folder_of(options: TaskOptions, partition: int | None) -> Path | None:
-    """Return a client's folder; ``None`` where nothing is kept."""
-    if not options.client_dir:
+def keeping_of(own: TaskOptions, context: Context) -> Keeping | None:
+    """Return what the client of a context keeps, given its ``own_options``; it may be nothing."""
+    if not own.client_dir:
         return None
-    root = Path(options.client_dir)
-    return root if partition is None else root / str(partition)
-
-
-def keeping_of(options: TaskOptions, context: Context) -> Keeping | None:
-    """Return what the client of a context keeps; ``None`` where it keeps nothing."""
-    partition = context.node_config.get(messages.PARTITION)
-    own = own_options(options, context)
-    folder = folder_of(own, None if partition is None else int(partition))
-    return None if folder is None else keeping_at(folder)
+    return keeping_at(own.client_dir, context.node_config.get(messages.PARTITION))
 
 
 def own_options(options: TaskOptions, context: Context) -> TaskOptions:

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from client.batch_files import BatchLogError, Way, decoded, encoded, key
 from client.batch_log import INDEX, BatchLog
 from client.forgetting.amnesiac import amnesiac
 from client.rows import content_hashes
 from client.storage import KeepingError
+from client.task.evaluation import numbered_batches
 from client.train import Job, do
 from strategies.messages import LocalTraining
 from unlearning.amnesiac import LoggedUpdate, contribution, update_of
@@ -109,6 +110,23 @@ def same(one, other):
 
 
 # ---------------------------------------------------------------- recording
+@pytest.mark.parametrize("examples", [EXAMPLES, Streamed()])
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_batches_are_numbered_by_the_rows_that_are_in_them(examples, seed):
+    def order():
+        return None if seed is None else torch.Generator().manual_seed(seed)
+
+    sampler = None if seed is None else RandomSampler(examples, generator=order())
+    expected = list(DataLoader(examples, batch_size=8, sampler=sampler))
+    found = list(numbered_batches(examples, 8, order()))
+    assert [len(rows) for rows, _, _ in found] == [8, 8, 6]
+    for (rows, inputs, targets), (wanted, labels) in zip(found, expected, strict=True):
+        assert torch.equal(inputs, EXAMPLES.tensors[0][rows])
+        assert torch.equal(targets, EXAMPLES.tensors[1][rows])
+        assert torch.equal(inputs, wanted)
+        assert torch.equal(targets, labels)
+
+
 @pytest.mark.parametrize("examples", [EXAMPLES, Streamed()])
 def test_training_with_a_log_gives_the_same_model_bit_for_bit(tmp_path, examples):
     for kind in ("random", "magnitude", "global", "full"):
@@ -260,6 +278,7 @@ def test_without_the_clients_share_a_request_is_refused_and_later_served(tmp_pat
         with pytest.raises(BatchLogError, match=f"share unknown of {unknown}:"):
             log.take_back(model, EVERY)
     log.told(0.0)
+    log.told(1.0)  # once told, it stays
     zero_second = log.take_back(model, EVERY).update
     expected, _ = contribution(model, _memory([1.0, 0.0]), EVERY)
     assert same(zero_second, expected)
