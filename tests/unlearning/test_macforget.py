@@ -93,6 +93,10 @@ def test_every_weight_has_its_share(seed, share):
         if bool(chosen.any()) and not bool(chosen.all()):
             assert slope[name].abs()[chosen].min() >= slope[name].abs()[~chosen].max()
     assert macforget.mask(slope, share).keys() == {"body.weight", "head.weight"}
+    for chosen in macforget.mask(slope, share, "neuron").values():
+        outputs = chosen.all(dim=1)
+        assert torch.equal(outputs, chosen.any(dim=1))
+        assert int(outputs.sum()) == math.ceil(share * len(outputs) - 1e-9)
 
 
 def test_a_masked_gradient_is_brought_nearer_to_zero():
@@ -203,3 +207,9 @@ def test_what_makes_no_sense_is_refused():
             macforget.forget(drawn(0), forward, INPUTS, EVEN, **wrong)
     with pytest.raises(ParametersError, match="not finite"):
         macforget.forget(drawn(0), forward, INPUTS, torch.full((3,), math.nan))
+    with pytest.raises(ParametersError, match="not finite"):
+        # p - q = (.5, -.5) of a row of 9: a gradient of 4.5 takes 3e38 past the largest number.
+        macforget.forget(
+            {"weight": torch.zeros(2, 1)}, lambda model, rows: rows @ model["weight"].T,
+            torch.full((1, 1), 9.0), torch.tensor([0.0, 1.0]), steps=1, learning_rate=3e38, **ALL,
+        )  # fmt: skip

@@ -208,6 +208,7 @@ def test_same_seed_same_bits_and_no_rows_no_change():
     model = drawn(0)
     found, state = train(model, rows=slice(0, 0))
     assert same(found, drawn(0))
+    assert not any(found[name] is model[name] for name in model)
     assert state.steps == 0
     train(model)
     assert same(model, drawn(0))
