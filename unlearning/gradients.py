@@ -50,6 +50,64 @@ def gradient(
     return dict(zip(leaves, found, strict=True))
 
 
+def chunked_gradient(
+    model: Parameters,
+    forward: Forward,
+    loss: Loss,
+    inputs: Tensor,
+    targets: Tensor,
+    chunk: int = 256,
+) -> dict[str, Tensor]:
+    """Return ``gradient`` of rows that need not fit into memory at once.
+
+    Parameters
+    ----------
+    forward
+        Of a network in evaluation mode: batch statistics would tell how rows are divided.
+    inputs, targets
+        n rows each; without rows the gradient is zero.
+    chunk
+        Rows at once, at least 1.
+
+    Raises
+    ------
+    ParametersError
+        If rows do not match or the chunk is out of range.
+    """
+    check_rows(inputs, targets)
+    if chunk < 1:
+        raise ParametersError(f"a chunk holds at least one row, got {chunk}")
+    total = {name: torch.zeros_like(model[name]) for name in trained_names(model)}
+    for rows, wanted in zip(torch.split(inputs, chunk), torch.split(targets, chunk), strict=True):
+        if len(rows):
+            part = gradient(model, forward, loss, rows, wanted)
+            for name in total:
+                total[name] += part[name] * (len(rows) / len(inputs))
+    return total
+
+
+def row_losses(
+    model: Parameters, forward: Forward, loss: Loss, inputs: Tensor, targets: Tensor
+) -> Tensor:
+    """Return the loss of every row, shape (n,), each as of a batch that holds this row alone.
+
+    Raises
+    ------
+    ParametersError
+        If rows do not match.
+    """
+    check_rows(inputs, targets)
+    if not len(inputs):
+        return torch.zeros(0)
+
+    def of_row(output: Tensor, target: Tensor) -> Tensor:
+        return loss(output.unsqueeze(0), target.unsqueeze(0)).mean()
+
+    with torch.no_grad():
+        found: Tensor = torch.func.vmap(of_row)(forward(model, inputs), targets)
+    return found
+
+
 def clipped(step: Parameters, longest: float) -> dict[str, Tensor]:
     """Return the step, scaled down to the norm ``longest`` (over 0) if it is longer.
 

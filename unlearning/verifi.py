@@ -11,7 +11,8 @@ The idea is the paper's; formula and numbers are ours (``methods`` 2.10). In the
 models are at hand, the shares of A sum to ``1 - p_u`` and the step is that to their average. In
 the rounds after it they sum to 1, and the step is ``s_up`` times an ordinary one.
 
-Only the server's part is here; how a leaver marks its data and checks the result is not.
+Only the server's part is here; how a leaver marks its data and checks the result is in
+``unlearning.verifi_marks``.
 """
 
 import math

@@ -229,7 +229,7 @@ def test_no_epochs_are_the_identity():
 
 def test_training_needs_data_and_a_rate_that_does_not_diverge():
     nothing = INPUTS[:0]
-    with pytest.raises(MissingNeedError, match="needs data on the server"):
+    with pytest.raises(MissingNeedError, match="needs at least one row"):
         distil(drawn(1), drawn(2), linear, nothing, generator=generator(0))
     with pytest.raises(ParametersError, match="not finite"):
         fine_tune(

@@ -137,3 +137,46 @@ def test_rows_that_do_not_fit_are_refused():
         next(gradients.batches(inputs, targets, 0, generator(0)))
     with pytest.raises(MissingNeedError, match="there are none"):
         next(gradients.batches(inputs[:0], targets[:0], 1, generator(0)))
+
+
+# ---------------------------------------------------------------- many rows
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 50), rows=st.integers(1, 7), chunk=st.integers(1, 8))
+def test_chunks_make_no_difference(seed, rows, chunk):
+    model, inputs, targets = drawn(seed, rows)
+    found = gradients.chunked_gradient(
+        model, network, functional.cross_entropy, inputs, targets, chunk
+    )
+    whole = gradients.gradient(model, network, functional.cross_entropy, inputs, targets)
+    assert found.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(found[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_no_rows_is_zero_in_chunks():
+    model, inputs, targets = drawn(0)
+    found = gradients.chunked_gradient(
+        model, network, functional.cross_entropy, inputs[:0], targets[:0]
+    )
+    assert not any(tensor.any() for tensor in found.values())
+    with pytest.raises(ParametersError, match="at least one row, got 0"):
+        gradients.chunked_gradient(model, network, functional.cross_entropy, inputs, targets, 0)
+    with pytest.raises(ParametersError, match="cannot go with"):
+        gradients.chunked_gradient(model, network, functional.cross_entropy, inputs, targets[:2])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
+def test_a_rows_loss_is_that_of_a_batch_of_it(reduction):
+    model, inputs, targets = drawn(1)
+
+    def loss(outputs, wanted):
+        return functional.cross_entropy(outputs, wanted, reduction=reduction)
+
+    found = gradients.row_losses(model, network, loss, inputs, targets)
+    expected = functional.cross_entropy(network(model, inputs), targets, reduction="none")
+    torch.testing.assert_close(found, expected)
+    assert gradients.row_losses(model, network, loss, inputs[:0], targets[:0]).shape == (0,)
+    with pytest.raises(ParametersError, match="cannot go with"):
+        gradients.row_losses(model, network, loss, inputs, targets[:2])
