@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
+from client.forgetting import ffmu
 from client.scratch import scratch_for
 from client.task import evaluation
 from client.task.device import choose_device
@@ -50,6 +51,15 @@ def build_app(
         use_one_thread()
         chosen = make_job(message, context, options(context))
         model, metrics = do(chosen, start_of(message))
+        content = messages.train_reply(model, metrics, chosen.num_examples)
+        return Message(content, reply_to=message)
+
+    @app.train("ffmu")
+    def train_ffmu(message: Message, context: Context) -> Message:
+        use_one_thread()
+        chosen = make_job(message, context, options(context))
+        asked = ffmu.settings_of(message.content[messages.CONFIG])
+        model, metrics = ffmu.do(chosen, start_of(message), asked)
         content = messages.train_reply(model, metrics, chosen.num_examples)
         return Message(content, reply_to=message)
 
