@@ -316,13 +316,13 @@ def result(seeds: list[dict[str, Any]], examples: int) -> dict[str, Any]:
 INTRODUCTION = """\
 # FFMU beside FFMU-N and retraining
 
-Fashion-MNIST, an MLP with 64 hidden units, {clients} clients, {rounds} rounds of 2 local epochs with
-batches of 50, {examples} training examples in all, the whole test set, means over {seeds} seeds;
-`python -m benchmarks.ffmu` makes this page. The paper has a CNN, 100 clients, 200 rounds and 60,000
-examples: the scale here is smaller. FedAvg is trained on everything, Retrain is FedAvg without the
-removed samples, with the same budget and learning rates. In per cent, but for the AUC of an attack
-that takes samples with a small loss for members of the training (removed samples against test
-data; 0.5 is a guess, and Retrain's is what a model has that never saw them).
+Fashion-MNIST, an MLP with 64 hidden units, {clients} clients, {rounds} rounds of 2 local epochs
+with batches of 50, {examples} training examples in all, the whole test set, means over {seeds}
+seeds; `python -m benchmarks.ffmu` makes this page. The paper has a CNN, 100 clients, 200 rounds and
+60,000 examples: the scale here is smaller. FedAvg is trained on everything, Retrain is FedAvg
+without the removed samples, with the same budget and learning rates. In per cent, but for the AUC
+of an attack that takes samples with a small loss for members (removed samples against test data;
+0.5 is a guess, and Retrain's is what a model has that never saw them).
 
 | removed | method | test accuracy | error_f | error_r | attack AUC |
 |---|---|---|---|---|---|

@@ -46,8 +46,10 @@ from unlearning.pcmu import Quantiser
 
 CHUNK = 64
 """Rows whose gradients are held at once."""
-EDGES = torch.logspace(-12, 4, 16 * 8 + 1, dtype=torch.float64)
-"""Between which reaches are counted: eight steps a power of ten."""
+EDGES = torch.cat(
+    [torch.logspace(-12, 4, 16 * 8 + 1, dtype=torch.float64), torch.tensor([math.inf])]
+)
+"""Between which reaches are counted: eight steps a power of ten, and the infinite ones."""
 
 
 # ------------------------------------------------------------------------------------ on a device
@@ -105,7 +107,7 @@ def bounded_gradient(
         found = per_sample_gradients(model, forward, loss, inputs[rows], targets[rows])
         check_finite(found)
         for name, single in found.items():
-            held = single.clamp_(-clip, clip)
+            held = single.clamp(-clip, clip) if clip < math.inf else single
             total[name] += held.sum(dim=0)
             size = held.abs().amax(dim=0)
             moved[name] |= size > 0
@@ -177,11 +179,12 @@ def reach(
     Raises
     ------
     ParametersError
-        If gradients differ in form or are not finite, or a device's c is no number or smaller than
-        its mean.
+        If gradients differ in form or are not finite, or a device has no samples, or a c that is
+        no number or smaller than its mean.
     """
-    gradients = [device.gradient for device in devices]
-    whole = average(gradients)
+    if fewest := [device.samples for device in devices if device.samples < 1]:
+        raise ParametersError(f"a device has at least one sample, got {fewest[0]}")
+    whole = average([device.gradient for device in devices])
     check_finite(whole)
     count, samples = len(devices), max(device.samples for device in devices)
     largest = max(_largest(device) for device in devices)

@@ -18,6 +18,7 @@ from client.train import Job, order_seed, seed_dropout
 from strategies.actions import CANCELLED, LARGEST, SAMPLES, Ffmu
 from unlearning import ffmu
 from unlearning.distillation import Forward
+from unlearning.errors import MissingNeedError
 from unlearning.gradients import gradient
 from unlearning.margins import bounded_gradient
 from unlearning.parameters import Parameters, trained_names
@@ -44,9 +45,13 @@ def do(job: Job, start: Parameters, asked: Ffmu) -> tuple[Parameters, dict[str, 
 
     Raises
     ------
+    MissingNeedError
+        If there are no rows.
     ParametersError
-        If there are no rows, or the round leads to values that are not finite.
+        If the round leads to values that are not finite.
     """
+    if not job.num_examples:
+        raise MissingNeedError("a client without rows has no gradient to send; leave it out")
     scratch = scratch_for(job.task, job.device)
     scratch.load(start)
     origin = {name: tensor.to(job.device) for name, tensor in start.items()}
