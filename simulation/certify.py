@@ -65,7 +65,12 @@ def ffmu_statements(
 
 def _exact(strategy: FFMU) -> dict[str, Any]:
     """Return statement (b) for one sample of the client that has most."""
-    told: dict[str, Any] = {"removed": 1, "certified": False, "share": None}
+    told: dict[str, Any] = {
+        "removed": 1,
+        "certified": False,
+        "share": None,
+        "rounds_not_certified": {str(n): why for n, why in strategy.course.reasons.items()},
+    }
     samples = strategy.course.samples
     try:
         check = strategy.check({max(samples, key=samples.__getitem__): 1} if samples else {})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from client.forgetting.interface import Rows
 from client.scratch import Scratch, scratch_for
 from client.task.evaluation import batches, gather
 from client.train import Job, order_seed, seed_dropout
@@ -23,8 +24,6 @@ from unlearning.gradients import gradient
 from unlearning.margins import bounded_gradient
 from unlearning.parameters import Parameters, trained_names
 from unlearning.randomness import derive_seed, generator
-
-Rows = tuple[Tensor, Tensor]
 
 
 def settings_of(config: Mapping[str, object]) -> Ffmu:
