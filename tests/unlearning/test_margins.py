@@ -72,8 +72,10 @@ def test_samples_that_cancel_out_are_told_from_samples_that_move_nothing():
     def product(model, inputs):
         return inputs * model["w"]
 
-    inputs = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    targets = torch.tensor([[2.0, 5.0], [-2.0, 5.0]])
+    inputs = torch.zeros(2 + margins.CHUNK, 2)  # the last chunk moves nothing
+    targets = torch.full_like(inputs, 5.0)
+    inputs[:2, 0] = 1
+    targets[:2, 0] = torch.tensor([2.0, -2.0])
     found = margins.bounded_gradient(zeros(2), product, loss, inputs, targets)
     assert found.gradient["w"].tolist() == [0, 0]
     assert (found.cancelled, found.largest) == (1, 1.0)
