@@ -176,7 +176,7 @@ def page(cells: Cells) -> str:
 
 
 def _lines(title: str, data: str, model: str, runs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    found = []
+    found: list[tuple[str, ...]] = []
     for place, which in enumerate(("naive", "partial")):
         made = [run["pairs"][title][which] for run in runs]
         printed = PAIRS[title].paper[model][place] if data == "MNIST" else None
@@ -196,7 +196,7 @@ def _lines(title: str, data: str, model: str, runs: list[dict[str, Any]]) -> lis
 
 def rows(cells: Cells) -> list[dict[str, Any]]:
     """Return the reproduction, line by line."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for (data, model), runs in cells.items():
         scale = f"{data}, {EXAMPLES} images"
         for title, pair in PAIRS.items():

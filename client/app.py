@@ -21,6 +21,7 @@ from client.contexts import (
     training_settings,
     use_one_thread,
 )
+from client.forgetting import ffmu
 from client.forgetting.amnesiac import amnesiac as take_back
 from client.forgetting.steps import STEPS
 from client.keeping import keeping_of, own_options
@@ -71,6 +72,15 @@ def build_app(
         use_one_thread()
         chosen = make_job(message, context, options(context))
         model, metrics = do(chosen, start_of(message))
+        content = messages.train_reply(model, metrics, chosen.num_examples)
+        return Message(content, reply_to=message)
+
+    @app.train("ffmu")
+    def train_ffmu(message: Message, context: Context) -> Message:
+        use_one_thread()
+        chosen = make_job(message, context, options(context))
+        asked = ffmu.settings_of(message.content[messages.CONFIG])
+        model, metrics = ffmu.do(chosen, start_of(message), asked)
         content = messages.train_reply(model, metrics, chosen.num_examples)
         return Message(content, reply_to=message)
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, Strategy
@@ -14,9 +15,11 @@ from client.task.models import prunable_layers
 from client.task.protocol import Task, server_data, size_of
 from client.task.structure import structure_of
 from server.settings import Settings, SettingsError
+from strategies.actions import Ffmu
 from strategies.detectors.catalogue import DETECTORS
 from strategies.detectors.interface import Detector
 from strategies.directory import by_node, by_partition
+from strategies.ffmu import FFMU
 from strategies.forgetting import needs_of
 from strategies.loop import Measure
 from strategies.memory import Memory
@@ -35,6 +38,7 @@ from strategies.screen import Screen
 from strategies.store import Store
 from strategies.wrapper import Unlearning
 from unlearning.catalogue import Need
+from unlearning.errors import ParametersError
 from unlearning.parameters import Parameters
 from unlearning.randomness import derive_seed
 
@@ -91,6 +95,8 @@ def build_strategy(settings: Settings) -> Strategy:
         "fedprox": lambda **common: FedProx(proximal_mu=settings.proximal_mu, **common),
         "fedmedian": FedMedian,
         "fedadam": FedAdam,
+        "ffmu": lambda **common: build_ffmu(settings, **common),
+        "ffmu-n": lambda **common: build_ffmu(settings, **common),
     }
     return kinds[settings.strategy](
         fraction_train=settings.fraction_train,
@@ -99,6 +105,30 @@ def build_strategy(settings: Settings) -> Strategy:
         min_evaluate_nodes=settings.min_clients,
         min_available_nodes=settings.min_clients,
     )
+
+
+def build_ffmu(settings: Settings, **common: Any) -> FFMU:
+    """Return FFMU, or FFMU-N."""
+    try:
+        return FFMU(
+            rounds=settings.rounds,
+            action=Ffmu(
+                sigma=settings.sigma,
+                lam_factor=settings.lam_factor,
+                alpha_local=settings.alpha_local,
+                mode=settings.quantiser,
+                local=settings.local_gradient,
+                clip=settings.gradient_clip,
+                models=settings.strategy == "ffmu-n",
+            ),
+            learning_rate=settings.learning_rate,
+            alpha=settings.alpha_server,
+            weights=settings.gradient_weights,
+            seed=settings.seed,
+            **common,
+        )
+    except ParametersError as error:
+        raise SettingsError(f"settings: strategy = {settings.strategy}: {error}") from error
 
 
 def build_detector(settings: Settings) -> Detector | None:

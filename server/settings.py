@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from client.task.protocol import TaskOptions
 from strategies.messages import LocalTraining
+from unlearning import ffmu, pcmu
 from unlearning.catalogue import METHODS
 from unlearning.errors import SecateurError
 
@@ -34,8 +35,24 @@ class Settings(TaskOptions, LocalTraining):
 
     rounds: int = Field(10, ge=1)
     """Training rounds; recovery may add to them."""
-    strategy: Literal["fedavg", "fedprox", "fedmedian", "fedadam"] = "fedavg"
+    strategy: Literal["fedavg", "fedprox", "fedmedian", "fedadam", "ffmu", "ffmu-n"] = "fedavg"
     """Flower strategy to wrap."""
+    sigma: float = Field(pcmu.SIGMA, gt=0, allow_inf_nan=False)
+    """Of FFMU: deviation of the noise that gradients are smoothed with."""
+    lam_factor: float = Field(pcmu.LAM_FACTOR, ge=0, allow_inf_nan=False)
+    """Of FFMU: where quantised gradients leave zero, in units of sigma squared."""
+    quantiser: pcmu.Mode = "hard"
+    """Of FFMU: what is stepped along; only ``hard`` can be certified."""
+    alpha_local: float = Field(pcmu.ALPHA, gt=0, allow_inf_nan=False)
+    """Of FFMU: scale of a client's quantised steps."""
+    alpha_server: float = Field(ffmu.ALPHA_SERVER, gt=0, allow_inf_nan=False)
+    """Of FFMU: scale of the server's."""
+    local_gradient: Literal["path", "full"] = "path"
+    """Of FFMU: the mean along local training, or one of all data, which can be certified."""
+    gradient_clip: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Of FFMU with local-gradient full: bound on entries of a sample's gradient; 0 for none."""
+    gradient_weights: Literal["uniform", "samples"] = "uniform"
+    """Of FFMU: whether clients count the same, which can be certified, or by their samples."""
     min_clients: int = Field(2, ge=1)
     """Clients that must be connected for a round to begin."""
     fraction_train: float = Field(1.0, gt=0, le=1)
@@ -110,6 +127,11 @@ class Settings(TaskOptions, LocalTraining):
         if self.hits > self.window:
             raise ValueError(
                 f"hits = {self.hits} can never be reached within window = {self.window} rounds"
+            )
+        if self.strategy == "ffmu-n" and self.local_gradient == "full":
+            raise ValueError(
+                "local-gradient = full is not for strategy ffmu-n, whose clients send what local "
+                "training made; use path"
             )
         if self.pruning_rate != "adaptive" and not 0 <= self.pruning_rate <= 1:
             raise ValueError(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from flwr.clientapp import ClientApp
@@ -13,9 +14,11 @@ from client.task.evaluation import state_of
 from client.task.protocol import load_task
 from server.federation import TEST, build_federation, initial_model
 from simulation.attacks.client import AttackedJobs, load_poisoned
+from simulation.certify import ffmu_statements
 from simulation.probes import Probes, build_probes
 from simulation.scenario import Scenario
 from strategies.directory import QuorumError, client_name, wait_for_nodes
+from strategies.ffmu import FFMU
 from strategies.loop import Measure, run_rounds
 from strategies.records import Phase, RoundRecord
 from strategies.rounds import PlanRounds
@@ -54,6 +57,8 @@ class Outcome:
     hits: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Per point, which examples each measure hit; for ``after`` and ``retrained``."""
     roster: dict[str, str] = field(default_factory=dict)
+    ffmu: dict[str, Any] | None = None
+    """What can be said of a model trained by FFMU; ``None`` for other strategies."""
     retrain_rounds_needed: int | None = None
     """Rounds that retraining took to come within 2 points of the accuracy before."""
 
@@ -149,6 +154,10 @@ class Experiment:
         check_trained(self.outcome.rounds)
         self.outcome.points["final"] = Point(last.number, final, dict(last.measures))
         self.outcome.roster = federation.roster.statuses()
+        if isinstance(federation.strategy, FFMU):
+            self.outcome.ffmu = ffmu_statements(
+                federation.strategy, task, model, final, settings.seed
+            )
         if "after" in self.outcome.points:
             self._compare(federation, grid, probes, start)
 

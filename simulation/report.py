@@ -54,6 +54,7 @@ def report_of(outcome: Outcome, engine: str, *, batched: bool = False) -> dict[s
             name: _point(points.get(name))
             for name in ("before", "unlearned", "after", "retrained", "natural", "final")
         },
+        "ffmu": outcome.ffmu,
         "retrain_rounds_needed": outcome.retrain_rounds_needed,
         "speedup": _speedup(outcome),
         "verdict": {

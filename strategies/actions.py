@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from unlearning import ascent, label_flip
+from unlearning import ascent, ffmu, label_flip, pcmu
 from unlearning.parameters import Parameters
 from unlearning.partial_updates import FEW, MANY, Pattern
 from unlearning.plan import Scalar
@@ -201,7 +201,7 @@ class Curvature(Selection):
     """The last layer's Hessian and gradient for the infinitesimal jackknife (``methods`` 2.14).
 
     The answer carries ``joined(hessian={layer: ...}, gradient={layer: ...})``, sums over all rows
-    and over the selected ones, and the metrics ``count`` and ``forget-count``.
+    and over the selected ones, and the metrics ``hessian-count`` and ``gradient-count``.
     """
 
     action = "query.curvature"
@@ -243,6 +243,46 @@ class Rcad(Action):
     """Lambda."""
     radius: float = Field(1.0, ge=0)
     """Alpha, the norm of a row's perturbation."""
+
+
+LARGEST, CANCELLED, SAMPLES = "largest-gradient", "cancelled", "samples"
+"""Metrics of an answer to ``Ffmu`` with ``local = "full"``: c, the largest |g| of a sample; the
+coordinates that samples move and their mean does not; and how many samples there are."""
+
+
+class Ffmu(Action):
+    """One device's round of FFMU (``methods`` 3.3).
+
+    Answered with ``w - Gbar`` (``unlearning.ffmu.as_model``), or, of FFMU-N, with the local model.
+    """
+
+    action = "train.ffmu"
+
+    sigma: float = Field(pcmu.SIGMA, gt=0)
+    lam_factor: float = Field(pcmu.LAM_FACTOR, ge=0)
+    alpha_local: float = Field(pcmu.ALPHA, gt=0)
+    mode: pcmu.Mode = "hard"
+    local: Literal["path", "full"] = "path"
+    """The mean gradient along local training, or one gradient of all rows at the global model."""
+    clip: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Of ``full``: bound on every entry of a row's gradient; 0 for none."""
+    models: bool = False
+    """FFMU-N: devices send models instead of gradients."""
+    ffmu_rate: float = Field(ffmu.LEARNING_RATE, gt=0)
+    """Learning rate of this round."""
+
+    @model_validator(mode="after")
+    def _check_local(self) -> Self:
+        if self.models and self.local == "full":
+            raise ValueError("FFMU-N sends what local training made: it needs local path")
+        return self
+
+    @property
+    def quantiser(self) -> pcmu.Quantiser:
+        """Return a device's quantiser."""
+        return pcmu.Quantiser(
+            sigma=self.sigma, lam_factor=self.lam_factor, mode=self.mode, alpha=self.alpha_local
+        )
 
 
 def read(kind: type[Action], config: Mapping[str, object]) -> Action:

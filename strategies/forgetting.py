@@ -69,6 +69,7 @@ class Forgetting:
         active: Collection[str],
         fewest: int,
         remembers: bool,
+        certifies: bool = False,
     ) -> Route:
         """Return how a request is served; see ``unlearning.routing.route``.
 
@@ -82,11 +83,13 @@ class Forgetting:
             Clients that a round of the wrapped strategy waits for.
         remembers
             Whether the wrapped strategy remembers past rounds.
+        certifies
+            Whether it may certify that a deletion changes nothing.
         """
         default = self.method.name if self.method is not None else "fedup"
         last = self.memory.last
         available = Available(
-            needs=self.available(),
+            needs=self.available() | ({Need.CERTIFICATE} if certifies else set()),
             participants=len(active),
             replay=self._replay(
                 request.clients, self.rate_limit.next_round(number, self.last), remembers
@@ -113,6 +116,7 @@ class Forgetting:
         method: str,
         most_rounds: int | None = None,
         selection: Selection | None = None,
+        request: Request | None = None,
     ) -> None:
         """Put clients, or what they hold, on the list, with what their method needs to keep.
 
@@ -124,7 +128,7 @@ class Forgetting:
         chosen = tuple(sorted(clients))
         evidence = self.methods[method].freeze(self.memory, model, chosen)
         self.pending.append(
-            Pending(chosen, cause, number, method, evidence, most_rounds, selection)
+            Pending(chosen, cause, number, method, evidence, most_rounds, selection, request)
         )
 
     def due(self, number: int) -> list[tuple[str, tuple[Pending, ...]]]:

@@ -16,6 +16,7 @@ from strategies.actions import Selection
 from strategies.detectors.interface import Detector, Finding, limited
 from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
 from strategies.exchange import Reply, match, matched
+from strategies.ffmu import FFMU
 from strategies.forgetting import Forgetting, needs_of
 from strategies.memory import EVERY_UPDATE, LastRound, Memory
 from strategies.messages import ACCURACY
@@ -30,8 +31,10 @@ from strategies.rounds import UnansweredError
 from strategies.screen import Screen, Screened
 from strategies.store import MemoryStore, Store
 from unlearning.catalogue import DATA, METHODS, RECORDED, Need, Target, with_implied
+from unlearning.certificates import ExactCheck
 from unlearning.errors import (
     ImpossibleRequestError,
+    NotCertifiedError,
     ParametersError,
     RefusedRequestError,
     SecateurError,
@@ -302,8 +305,13 @@ class Unlearning(Strategy):
         RefusedRequestError
             If it would not be; one of its kinds.
         """
+        certifies = isinstance(self.strategy, FFMU) and self.strategy.uncertifiable is None
+        return self._route(request, certifies=certifies)
+
+    def _route(self, request: Request, *, certifies: bool) -> Route:
         return self.forgetting.route(
             request,
+            certifies=certifies,
             number=self.record.number,
             active=self._active(),
             fewest=rounds.fewest_clients(self.strategy),
@@ -364,7 +372,12 @@ class Unlearning(Strategy):
             method,
             request.most_rounds,
             selection,
+            request,
         )
+
+    def _check(self, removed: Mapping[str, int]) -> ExactCheck:
+        assert isinstance(self.strategy, FFMU)  # noqa: S101  whoever asks has looked
+        return self.strategy.check({self.directory.node(c): n for c, n in removed.items()})
 
     def _active(self) -> tuple[str, ...]:
         return tuple(c for c in self.directory.clients() if self.roster.may_take_part(c))
@@ -452,6 +465,7 @@ class Unlearning(Strategy):
             type(self.strategy) in averaging.PLAIN_MEANS,
             self.forgetting.lab,
             self.seed or 0,
+            self._check if isinstance(self.strategy, FFMU) else None,
         )
         causes = ", ".join(sorted({entry.cause for entry in due}))
         record = UnlearningRecord(number, method.name, causes, situation.holders)
@@ -511,12 +525,30 @@ class Unlearning(Strategy):
         self.forgetting.refuse(number, record.method, asked=carrier.asks > 0)
         if isinstance(error, UnansweredError) and error.refused:
             self.forgetting.withdraw(due)  # they may refuse, and need not be asked again
+        if isinstance(error, NotCertifiedError):
+            self._route_again(due)
         self.forgettings += carrier.asks > 0  # they were told, and must be told anew
         record.refused = str(error)
         record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
         if not known:  # said once where it costs nothing to try again in every round to come
             self.record.unlearning = self.record.unlearning or record
             log.warning("round %d: unlearning refused: %s", number, error)
+
+    def _route_again(self, due: tuple[Pending, ...]) -> None:
+        """Find another method for what turned out not to be certified, unless this one was named.
+
+        Where there is none either, the request is withdrawn; the log says why.
+        """
+        self.forgetting.withdraw(due)
+        for entry in due:
+            if entry.request is None or entry.request.method is not None:
+                continue
+            try:
+                found = self._route(entry.request, certifies=False)
+            except RefusedRequestError as error:
+                log.warning("round %d: %s", self.record.number, error)
+            else:
+                self._wait_for_data(entry.request, found.method)
 
     def fork(self) -> "Unlearning":
         """Return a federation of its own that goes on from here, to be called between rounds.

@@ -56,6 +56,7 @@ def scripted_app(reply: Reply, evaluate: Mapping[int, float] | None = None) -> C
     """Return a ClientApp whose training is a function of partition, round and model."""
     app = ClientApp()
 
+    @app.train("ffmu")
     @app.train()
     def train(message: Message, context: Context) -> Message:
         record = message.content.config_records[messages.CONFIG]

@@ -20,6 +20,9 @@ K = 1 is PCMU. The certificate needs every device to send *one* gradient of *all
 w^(t-1): one epoch of one batch. The papers' average over noise at inference is left out; S stands
 in for it.
 
+A gradient travels in the form of a model, ``w - G`` (``as_model``), so that whatever looks at what
+devices send can take it for what it takes all others for: its difference from w is the update.
+
 The ablation FFMU-N, in which devices send v and the server averages these models, is plain
 averaging: ``unlearning.parameters.weighted_mean``.
 """
@@ -113,6 +116,34 @@ def device_round(
     if not count:
         raise ParametersError("a device without a batch has no gradient to send; leave it out")
     return local, {name: tensor / count for name, tensor in total.items()}
+
+
+def as_model(start: Parameters, gradient: Parameters) -> dict[str, Tensor]:
+    """Return ``w - G``, in which no sign of G is lost; other tensors are copies of w's.
+
+    Where G is too small to be told from w, the number next to w in its direction is sent. So the
+    gradient that is read differs by no more than the spacing of numbers at w, its sign never does,
+    and what is sent is w itself where G is 0, and nowhere else.
+
+    Parameters
+    ----------
+    start
+        w^(t-1), float32.
+    gradient
+        G; at least w's trained tensors.
+    """
+    sent = copied(start)
+    for name in trained_names(start):
+        origin, step = start[name], gradient[name]
+        moved = origin - step
+        nearest = torch.nextafter(origin, torch.full_like(origin, math.inf).copysign(-step))
+        sent[name] = torch.where((moved == origin) & (step != 0), nearest, moved)
+    return sent
+
+
+def as_gradient(start: Parameters, sent: Parameters) -> dict[str, Tensor]:
+    """Return the gradient that ``as_model`` made ``sent`` of, over the trained tensors."""
+    return {name: start[name] - sent[name] for name in trained_names(start)}
 
 
 def average(

@@ -237,7 +237,7 @@ def direction(
             if generator is None:
                 raise ParametersError("mode sample needs a generator to draw its noise from")
             noise = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
-            noisy = gradient.double() + sigma * noise
+            noisy = gradient.double() + sigma * noise.to(gradient.device)
             return quantise(noisy, lam).to(gradient.dtype).mul_(alpha)
     assert_never(quantiser.mode)
 

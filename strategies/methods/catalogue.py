@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+from strategies.methods.certified import Certified
 from strategies.methods.drift import Drift
 from strategies.methods.fedup import FedUP
 from strategies.methods.holders import Ball, TakeBack, ascending, flipping, macforget
 from strategies.methods.interface import Method
+from strategies.methods.jackknife import Jackknife
 from strategies.methods.masks import ClassDiscriminative, Mask, Noise
 from strategies.methods.negation import Negation
 from strategies.methods.replay import FedEraser, FedRecover
@@ -41,4 +43,6 @@ MAKE: dict[str, Callable[[], Method]] = {
     "rapid-retraining": rapid,
     "noisy-gd": noisy,
     "rcad": rcad,
+    "ffmu": Certified,
+    "ij": Jackknife,
 }

@@ -11,7 +11,8 @@ from unlearning.plan import Ask, Plan
 def after_dropping(situation: Situation, plan: Callable[[], Plan[Unlearned]]) -> Plan[Unlearned]:
     """Ask the holders to drop what is to be forgotten, then go on with a method's plan.
 
-    Every holder must say that it did, so that nothing is forgotten here and learned again there.
+    How many rows each dropped is noted in ``situation``. Every holder must say that it did, so that
+    nothing is forgotten here and learned again there.
     Where nobody leaves or the clients leave themselves, the plan is the method's own.
 
     Raises
@@ -28,7 +29,10 @@ def after_dropping(situation: Situation, plan: Callable[[], Plan[Unlearned]]) ->
             config=Forget(**entry.selection.rows()).config(),
             everybody=True,
         )
-        if not sum(int(answer.metrics.get("rows", 0)) for answer in answers):
+        for answer in answers:
+            rows = int(answer.metrics.get("rows", 0))
+            situation.dropped[answer.client] = situation.dropped.get(answer.client, 0) + rows
+        if not any(int(answer.metrics.get("rows", 0)) for answer in answers):
             raise ImpossibleRequestError(
                 f"none of {len(entry.clients)} clients holds {described(entry.selection)}: nothing "
                 "is to be forgotten; check what was asked for"

@@ -11,11 +11,12 @@ from strategies.actions import Selection
 from strategies.memory import Memory
 from unlearning import retraining
 from unlearning.catalogue import Need
+from unlearning.certificates import ExactCheck
 from unlearning.channel_masks import Convolution
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer, Ask, Plan
 from unlearning.replay import Played
-from unlearning.routing import Cause
+from unlearning.routing import Cause, Request
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,8 @@ class Pending:
     """Rounds that may be played again for them."""
     selection: Selection | None = None
     """Which rows of theirs, where the clients stay; ``None`` where they leave."""
+    request: Request | None = None
+    """As it was asked for, of a class or samples."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,11 @@ class Situation:
     """Whether that rule is the weighted mean itself."""
     lab: ServerLab | None = None
     seed: int = 0
+    check: Callable[[Mapping[str, int]], ExactCheck] | None = None
+    """Client -> rows to be gone; whether the training would have been the same without. ``None``
+    where it was no training of which that can be told."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Client -> rows that it dropped for good, filled as holders answer."""
 
     @property
     def forgotten(self) -> tuple[str, ...]:

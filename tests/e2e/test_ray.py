@@ -42,6 +42,23 @@ def test_ray_and_one_process_give_the_same_report_and_model_bit_for_bit(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("local", ["path", "full"])
+def test_ffmu_gives_the_same_bits_on_ray_and_in_one_process(local, tmp_path):
+    common = ["--set", "rounds=3", "--set", "examples=300", "--set", f"local-gradient={local}",
+              "--set", "clients.total=4"]  # fmt: skip
+    reports, models = [], []
+    for engine in (["--engine", "ray"], ["--engine", "inprocess"]):
+        folder = tmp_path / engine[1]
+        with pytest.raises(SystemExit) as done:
+            main(["run", "ffmu", "--out", str(folder), *common, *engine])
+        assert done.value.code == 0
+        reports.append(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+        models.append(load_file(folder / "model.safetensors"))
+    assert without_times(reports[0]) == without_times(reports[1])
+    assert (reports[0]["ffmu"]["exact"]["share"] is None) == (local == "path")
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
 def test_an_error_in_the_server_is_one_line_and_not_a_hang(tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         main(["run", "demo", "--engine", "ray", "--out", str(tmp_path / "out"), "--set",

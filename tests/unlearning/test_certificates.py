@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from unlearning import certificates, ffmu, pcmu
-from unlearning.certificates import Closeness, Device, ExactCheck, NotCertifiedError
-from unlearning.errors import ParametersError, RefusedRequestError
+from unlearning.certificates import Closeness, Device, ExactCheck
+from unlearning.errors import NotCertifiedError, ParametersError, RefusedRequestError
 from unlearning.pcmu import Quantiser
 
 SIGN = Quantiser()  # sigma .1, lam .01: g* = 0

@@ -213,3 +213,34 @@ def test_a_device_samples_its_noise_from_what_it_is_given():
 def test_a_device_without_data_is_refused():
     with pytest.raises(ParametersError, match="without a batch"):
         ffmu.device_round(scalar(1), [], lambda v, _: v, 0.1, Quantiser())
+
+
+# ------------------------------------------------------------------------- in the form of a model
+
+numbers = st.floats(-4, 4, width=32) | st.floats(-(2.0**-30), 2.0**-30, width=32) | st.just(0.0)
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_gradients_travel_as_models_and_keep_their_signs(pairs):
+    weights, gradients = (scalar(*column) for column in zip(*pairs, strict=True))
+    sent = ffmu.as_model(weights, gradients)
+    found, exact = ffmu.as_gradient(weights, sent)["w"], gradients["w"]
+    assert torch.equal(found.sign(), exact.sign())
+    assert torch.equal(sent["w"] == weights["w"], exact == 0)
+    allowed = 2.0**-23 * (weights["w"].abs() + exact.abs()) + 2.0**-149
+    assert bool(((found - exact).abs() <= allowed).all())
+
+
+def test_a_gradient_too_small_to_be_seen_is_sent_as_the_next_number():
+    sent = ffmu.as_model(scalar(1, 1, -1, 1), scalar(1e-30, -1e-30, 1e-30, 0))["w"].tolist()
+    assert sent == [1 - 2.0**-24, 1 + 2.0**-23, -1 - 2.0**-23, 1]
+
+
+def test_other_tensors_travel_as_they_are():
+    start = model(4)
+    sent = ffmu.as_model(start, {n: t for n, t in model(5).items() if t.is_floating_point()})
+    for name in ("norm.running_var", "norm.num_batches_tracked"):
+        assert torch.equal(sent[name], start[name])
+        assert name not in ffmu.as_gradient(start, sent)
+    assert torch.equal(sent["layer.bias"], start["layer.bias"] - model(5)["layer.bias"])
