@@ -196,7 +196,7 @@ def _lines(title: str, data: str, model: str, runs: list[dict[str, Any]]) -> lis
 
 def rows(cells: Cells) -> list[dict[str, Any]]:
     """Return the reproduction, line by line."""
-    found: list[tuple[str, ...]] = []
+    found = []
     for (data, model), runs in cells.items():
         scale = f"{data}, {EXAMPLES} images"
         for title, pair in PAIRS.items():

@@ -212,7 +212,7 @@ def test_a_loss_that_is_no_number_is_divergence(trained):
     settings = LabelFlip(**CLASS, forgotten=1.0)  # so that there is not a single step
     huge = {n: t * 1e30 if n == "5.weight" else t for n, t in model.items()}
     huge["0.weight"] = huge["0.weight"] * 1e30
-    with pytest.raises(ParametersError, match=r"train.label-flip diverged: the loss is"):
+    with pytest.raises(ParametersError, match=r"train.label_flip diverged: the loss is"):
         do(settings, huge, holding)
 
 
