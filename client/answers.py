@@ -27,7 +27,8 @@ def answer(kind: type[Action], message: Message, context: Context, own: TaskOpti
     """Do the step of an action on this client's rows, and reply with what came of it.
 
     A step that changes the model is answered with the model as it came where the client holds
-    nothing of what is to be forgotten. The metric ``rows`` says how many rows it holds.
+    nothing of what is to be forgotten, and weighs as much as its other rows: answers are judged
+    by the usual one. All such answers have one metric, ``rows``: how many rows are forgotten.
     """
     settings, start = kind.model_validate(config_of(message)), start_of(message)
     holding = _holding(settings, message, context, own)
@@ -36,12 +37,16 @@ def answer(kind: type[Action], message: Message, context: Context, own: TaskOpti
         outcome = do(settings, start, holding)
         content = messages.train_reply(outcome.arrays, outcome.metrics, max(1, remaining))
         return Message(content, reply_to=message)
-    if kind.action.startswith(messages.TRAIN) and not forgotten:
-        unchanged = parted(start)["reference"] if kind is Ascend else start
-        return Message(messages.train_reply(unchanged, {"rows": 0}, 1), reply_to=message)
-    outcome = do(settings, start, holding)
-    told = {**outcome.metrics, "rows": forgotten}
-    content = messages.train_reply(outcome.arrays, told, max(1, forgotten))
+    if not kind.action.startswith(messages.TRAIN):
+        outcome = do(settings, start, holding)
+        told = {**outcome.metrics, "rows": forgotten}
+        content = messages.train_reply(outcome.arrays, told, max(1, forgotten + remaining))
+        return Message(content, reply_to=message)
+    if forgotten:
+        made = do(settings, start, holding).arrays
+    else:
+        made = parted(start)["reference"] if kind is Ascend else start
+    content = messages.train_reply(made, {"rows": forgotten}, forgotten or max(1, remaining))
     return Message(content, reply_to=message)
 
 

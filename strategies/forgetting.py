@@ -196,7 +196,7 @@ class Forgetting:
         for name, method in self.methods.items():
             if isinstance(method, Retrain) and self.memory.initial is not None:
                 origin, _ = method.origin(self.memory, clients, remembers)
-                found[name] = number - origin
+                found[name] = method.rounds(number - origin)
         return found
 
 

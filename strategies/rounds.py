@@ -44,9 +44,11 @@ ROUND = "round"
 class UnansweredError(RefusedRequestError):
     """A client whose answer a method cannot do without did not give it."""
 
-    def __init__(self, action: str, reasons: Mapping[str, str]) -> None:
+    def __init__(self, ask: Ask, reasons: Mapping[str, str]) -> None:
         told = "; ".join(f"{client}: {reason}" for client, reason in sorted(reasons.items()))
-        super().__init__(f"{action} needs an answer of everybody asked: {told}")
+        super().__init__(f"{ask.action} needs an answer of everybody asked: {told}")
+        self.config = ask.config
+        """What they were asked for."""
         self.refused = sorted(c for c, why in reasons.items() if messages.REFUSED in why)
         """Clients that said that they will not, rather than could not."""
 
@@ -220,7 +222,7 @@ class PlanRounds:
         self.bytes_sent += size * (len(outgoing) + back)
         silent = [client for client in ask.to if client in self.rejected]
         if ask.everybody and silent:
-            raise UnansweredError(ask.action, {client: self.rejected[client] for client in silent})
+            raise UnansweredError(ask, {client: self.rejected[client] for client in silent})
         if plays:
             needed, usable = replies_needed(self._quorum, expected), len(screened.answers)
             if usable < needed:

@@ -20,7 +20,7 @@ from strategies.ffmu import FFMU
 from strategies.forgetting import Forgetting, needs_of
 from strategies.memory import EVERY_UPDATE, LastRound, Memory
 from strategies.messages import ACCURACY
-from strategies.methods.dropping import after_dropping, described
+from strategies.methods.dropping import NothingHeldError, after_dropping, described
 from strategies.methods.interface import Method, Pending, ServerLab, Situation, Unlearned
 from strategies.rate_limit import RateLimit
 from strategies.records import Phase, RoundRecord, UnlearningRecord
@@ -523,8 +523,7 @@ class Unlearning(Strategy):
         number = record.number
         known = self.forgetting.stuck and not carrier.asks
         self.forgetting.refuse(number, record.method, asked=carrier.asks > 0)
-        if isinstance(error, UnansweredError) and error.refused:
-            self.forgetting.withdraw(due)  # they may refuse, and need not be asked again
+        self.forgetting.withdraw(hopeless(due, error))
         if isinstance(error, NotCertifiedError):
             self._route_again(due)
         self.forgettings += carrier.asks > 0  # they were told, and must be told anew
@@ -843,6 +842,19 @@ def _check_combination(
             f"{method.name} trusts what the clients to be forgotten sent, and {detector.name} "
             "finds malicious ones; choose a method that is safe, such as fedup"
         )
+
+
+def hopeless(due: Sequence[Pending], error: SecateurError) -> list[Pending]:
+    """Return the requests for data that holders refused, as they may, or that nobody holds.
+
+    Whoever else waits, waits on: clients that leave, and holders of other data.
+    """
+    if isinstance(error, NothingHeldError) or (
+        isinstance(error, UnansweredError) and error.refused
+    ):
+        asked = error.config.items()
+        return [e for e in due if e.selection is not None and e.selection.config().items() <= asked]
+    return []
 
 
 def told(entry: Pending) -> str:

@@ -116,7 +116,7 @@ def means(total: Statistics) -> dict[str, Tensor]:
 def clipped_to_median(parts: Sequence[Statistics], factor: float = CLIP) -> list[Statistics]:
     """Return every client's statistics with its averages clipped (``methods`` 5.7).
 
-    No coordinate of ``U_k / a_k`` may exceed ``factor`` times its median over the clients that
+    No coordinate of ``|U_k / a_k|`` may exceed ``factor`` times its median over the clients that
     have samples; of two medians the lower. A liar among more than two then weighs as much as an
     extreme honest client with its number of samples. Where most clients' averages are 0 all are
     clipped to it, and a client that is the only one with samples is believed.
@@ -124,7 +124,7 @@ def clipped_to_median(parts: Sequence[Statistics], factor: float = CLIP) -> list
     Parameters
     ----------
     parts
-        Non-negative statistics, checked before.
+        Checked before.
     factor
         At least 1.
 
@@ -139,13 +139,14 @@ def clipped_to_median(parts: Sequence[Statistics], factor: float = CLIP) -> list
     if not telling:
         return list(parts)
     limits = {
-        name: factor * torch.stack([part.sums[name] / part.count for part in telling]).median(0)[0]
+        name: factor
+        * torch.stack([part.sums[name].abs() / part.count for part in telling]).median(0)[0]
         for name in telling[0].sums
     }
     return [
         Statistics(
             {
-                name: torch.minimum(tensor, limits[name] * part.count)
+                name: tensor.clamp(-limits[name] * part.count, limits[name] * part.count)
                 for name, tensor in part.sums.items()
             },
             part.count,

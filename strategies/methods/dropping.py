@@ -3,9 +3,21 @@
 from collections.abc import Callable
 
 from strategies.actions import Forget, Selection
-from strategies.methods.interface import Situation, Unlearned
+from strategies.methods.interface import Pending, Situation, Unlearned
 from unlearning.errors import ImpossibleRequestError
 from unlearning.plan import Ask, Plan
+
+
+class NothingHeldError(ImpossibleRequestError):
+    """Nobody holds what is to be forgotten."""
+
+    def __init__(self, entry: Pending, selection: Selection) -> None:
+        super().__init__(
+            f"none of {len(entry.clients)} clients holds {described(selection)}: nothing is to be "
+            "forgotten; check what was asked for"
+        )
+        self.config = selection.config()
+        """What was asked for."""
 
 
 def after_dropping(situation: Situation, plan: Callable[[], Plan[Unlearned]]) -> Plan[Unlearned]:
@@ -17,7 +29,7 @@ def after_dropping(situation: Situation, plan: Callable[[], Plan[Unlearned]]) ->
 
     Raises
     ------
-    ImpossibleRequestError
+    NothingHeldError
         If nobody holds anything of it.
     """
     for entry in situation.pending:
@@ -32,11 +44,8 @@ def after_dropping(situation: Situation, plan: Callable[[], Plan[Unlearned]]) ->
         for answer in answers:
             rows = int(answer.metrics.get("rows", 0))
             situation.dropped[answer.client] = situation.dropped.get(answer.client, 0) + rows
-        if not any(int(answer.metrics.get("rows", 0)) for answer in answers):
-            raise ImpossibleRequestError(
-                f"none of {len(entry.clients)} clients holds {described(entry.selection)}: nothing "
-                "is to be forgotten; check what was asked for"
-            )
+        if not any(answer.metrics.get("rows", 0) > 0 for answer in answers):
+            raise NothingHeldError(entry, entry.selection)
     return (yield from plan())
 
 

@@ -12,7 +12,7 @@ from strategies.actions import Action, Amnesiac, Ascend, Ascent, LabelFlip, MacF
 from strategies.memory import LastRound, Memory
 from strategies.methods.interface import Situation, Unlearned
 from unlearning import ascent
-from unlearning.errors import MissingNeedError, NoLastRoundError
+from unlearning.errors import MissingNeedError, NoLastRoundError, SecateurError
 from unlearning.parameters import Parameters, copied, difference, trained_names
 from unlearning.partial_updates import merged
 from unlearning.plan import Ask, Plan
@@ -29,14 +29,18 @@ class Holders:
     settings
         Of the step, where they differ from its defaults.
     strength
-        What a holder's weight is multiplied by: 1 weighs holders against one another only, so
-        that their changes add up to one whole change; ``None`` by their share in the federation.
+        What a holder's weight p_k is multiplied by, at least 0. Holders weigh against one another
+        only: with 1 their changes add up to one whole change.
     """
 
     name: str
     step: type[Action]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    strength: float | None = 1.0
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0:
+            raise SecateurError(f"the strength of holders must be at least 0, got {self.strength}")
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
@@ -55,12 +59,11 @@ class Holders:
                 f"{self.name} needs that holders answer, and none of {len(situation.holders)} did"
             )
         whole = sum(float(answer.num_examples) for answer in acted)
-        share = 1.0 if self.strength is None else self.strength
         result = copied(model)
         for answer in acted:
             assert answer.arrays is not None  # noqa: S101  chosen so
             weight = float(answer.num_examples) / whole
-            moved = merged(model, answer.arrays, min(1.0, share * weight))
+            moved = merged(model, answer.arrays, min(1.0, self.strength * weight))
             for name in trained_names(model):
                 result[name] += moved[name] - model[name]
         told = {"holders": len(acted), **self.settings}

@@ -39,7 +39,11 @@ class StatisticsError(RefusedRequestError):
 
 
 def checked(
-    answers: Sequence[Answer], groups: Sequence[str], like: Mapping[str, Parameters], signed: bool
+    answers: Sequence[Answer],
+    groups: Sequence[str],
+    like: Mapping[str, Parameters],
+    signed: bool,
+    most: int,
 ) -> dict[str, list[Statistics]]:
     """Return every client's statistics, group by group, after checking them.
 
@@ -49,20 +53,23 @@ def checked(
         Names of the groups; the metric ``GROUP-count``, or ``count-GROUP``, says how many rows.
     like
         Group -> tensors of the names and shapes expected.
+    most
+        Rows that a group of one client can have.
 
     Raises
     ------
     StatisticsError
-        If a client sent NaN, a negative sum, or what does not fit.
+        If a client sent NaN, a negative sum, a count that cannot be, or what does not fit.
     """
     found: dict[str, list[Statistics]] = {group: [] for group in groups}
     for answer in answers:
         sent = parted(answer.arrays or {})
         for group in groups:
             count = answer.metrics.get(f"{group}-count", answer.metrics.get(f"count-{group}", 0))
-            part = Statistics(sent.get(group, {}), int(count))
+            whole = int(count) if float(count).is_integer() else count
+            part = Statistics(sent.get(group, {}), whole)  # type: ignore[arg-type]  checked now
             try:
-                check_statistics(part, like[group], signed=signed)
+                check_statistics(part, like[group], most=most, signed=signed)
             except ParametersError as error:
                 raise StatisticsError(
                     f"{answer.client} sent no usable statistics: {error}"
@@ -127,7 +134,7 @@ class Mask:
             )
         else:
             parts = yield from self._asked(situation, "gradients", {"forget": layers}, signed=True)
-            total = added(parts["forget"])
+            total = together(parts["forget"])
             scores = {name: tensor / max(1, total.count) for name, tensor in total.sums.items()}
         chosen = masking.top_share(scores, self.rate)
         masks = channel_masks.parameter_masks(situation.model, self.network.convolutions, chosen)
@@ -142,7 +149,7 @@ class Mask:
         signed: bool = False,
     ) -> Plan[dict[str, list[Statistics]]]:
         answers = yield from asking(situation, kind, like, self.most_samples)
-        return checked(answers, tuple(like), like, signed)
+        return checked(answers, tuple(like), like, signed, self.most_samples)
 
     def _masked(
         self, situation: Situation, masks: Mapping[str, Tensor], warnings: tuple[str, ...]
@@ -183,7 +190,8 @@ class ClassDiscriminative:
         groups = [str(place) for place in range(self.network.classes)]
         like = dict.fromkeys(groups, layers)
         answers = yield from asking(situation, "classes", like, self.most_samples)
-        parts = checked(answers, groups, like, signed=False)
+        most = 2 * self.most_samples  # of those to forget and of the others
+        parts = checked(answers, groups, like, signed=False, most=most)
         scores = tfidf.tfidf_scores(
             [together(parts[group]) for group in groups], situation.selection.forget_class
         )
@@ -215,7 +223,8 @@ class Noise:
         model = situation.model
         like = {"forget": _trained(model), "remain": _trained(model)}
         answers = yield from asking(situation, "fisher", like, self.most_samples)
-        rest = together(checked(answers, tuple(like), like, signed=False)["remain"])
+        parts = checked(answers, tuple(like), like, signed=False, most=self.most_samples)
+        rest = together(parts["remain"])
         if not rest.count:
             raise MissingNeedError("noise is shaped by the remaining data, and no client has any")
         information = {name: tensor / rest.count for name, tensor in rest.sums.items()}

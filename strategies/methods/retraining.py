@@ -13,6 +13,7 @@ from unlearning import retraining
 from unlearning.errors import MissingNeedError, RefusedRequestError
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer, Plan
+from unlearning.replay import Played
 
 MOST_VOID = 0.2
 """Share of the rounds played again that may make no model."""
@@ -20,6 +21,58 @@ MOST_VOID = 0.2
 
 class ReplayError(RefusedRequestError):
     """Too few clients answered for a training to count."""
+
+
+def trained(
+    situation: Situation,
+    start: Parameters,
+    number: int,
+    rounds: int,
+    step: Action | None,
+    played: Played = lambda number, start, answers: None,
+) -> Plan[tuple[Parameters, tuple[str, ...]]]:
+    """Play rounds among those who stay; return the model and what to be warned of.
+
+    Parameters
+    ----------
+    start, number
+        The model to start from, and the round that made it.
+    step
+        How clients train; ``None`` for as they always do.
+    played
+        Told of every round that made a model.
+
+    Raises
+    ------
+    ReplayError
+        If more than ``MOST_VOID`` of the rounds made no model, or the last one.
+    """
+    void: list[int] = []
+
+    def aggregate(now: int, before: Parameters, answers: Sequence[Answer]) -> Parameters:
+        after = situation.aggregate(now, before, answers)
+        if after is before:
+            void.append(now)
+            if len(void) > rounds * MOST_VOID or now == number + rounds:
+                raise ReplayError(
+                    f"{len(void)} of the first {now - number} of {rounds} rounds made no "
+                    "model, too few clients answered: what was trained again is not a whole "
+                    "training; it is tried again later"
+                )
+        else:
+            played(now, before, answers)
+        return after
+
+    model = yield from retraining.retrain(
+        start,
+        situation.active,
+        rounds,
+        first_round=number + 1,
+        aggregate=aggregate,
+        action=messages.TRAIN if step is None else step.action,
+        settings=None if step is None else step.config(),
+    )
+    return model, (f"rounds without a model: {', '.join(map(str, void))}",) if void else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,35 +101,16 @@ class Retrain:
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Replay rounds among the retained clients."""
         number, start = self.origin(situation.memory, situation.holders, situation.remembers)
-        rounds = math.ceil(self.share * (situation.number - number))
-        void: list[int] = []
-
-        def aggregate(played: int, before: Parameters, answers: Sequence[Answer]) -> Parameters:
-            after = situation.aggregate(played, before, answers)
-            if after is before:
-                void.append(played)
-                if len(void) > rounds * MOST_VOID or played == number + rounds:
-                    raise ReplayError(
-                        f"{len(void)} of the first {played - number} of {rounds} rounds made no "
-                        "model, too few clients answered: what was trained again is not a whole "
-                        "training; it is tried again later"
-                    )
-            else:
-                situation.played(played, before, answers)
-            return after
-
-        model = yield from retraining.retrain(
-            start,
-            situation.active,
-            rounds,
-            first_round=number + 1,
-            aggregate=aggregate,
-            action=messages.TRAIN if self.step is None else self.step.action,
-            settings=None if self.step is None else self.step.config(),
+        rounds = self.rounds(situation.number - number)
+        model, warnings = yield from trained(
+            situation, start, number, rounds, self.step, situation.played
         )
-        warnings = (f"rounds without a model: {', '.join(map(str, void))}",) if void else ()
         told = {"rounds": rounds, "from_round": number}
         return Unlearned(model, settings=told, exact=True, origin=number, warnings=warnings)
+
+    def rounds(self, undone: int) -> int:
+        """Return how many rounds are played in place of those that are undone."""
+        return math.ceil(self.share * undone)
 
     def origin(
         self, memory: Memory, clients: Collection[str], remembers: bool
@@ -119,16 +153,11 @@ class GoOn:
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Play rounds among those who stay."""
         rounds = math.ceil(self.share * situation.number)
-        model = yield from retraining.retrain(
-            situation.model,
-            situation.active,
-            rounds,
-            first_round=situation.number + 1,
-            aggregate=situation.aggregate,
-            action=self.step.action,
-            settings=self.step.config(),
+        model, warnings = yield from trained(
+            situation, situation.model, situation.number, rounds, self.step
         )
-        return Unlearned(model, settings={"rounds": rounds, **self.step.config()})
+        told = {"rounds": rounds, **self.step.config()}
+        return Unlearned(model, settings=told, warnings=warnings)
 
 
 def noisy(share: float = 0.2, **settings: Any) -> GoOn:
