@@ -18,6 +18,7 @@ from unlearning.catalogue import (
     Entry,
     Need,
     Target,
+    missing,
     with_implied,
 )
 from unlearning.errors import (
@@ -591,6 +592,9 @@ def test_a_named_method_is_honoured_only_if_its_needs_hold(name, target):
             continue  # nothing serves that
         with pytest.raises(MissingNeedError, match=f"^{name} needs {need}, which is not available"):
             route(dataclasses.replace(request, **silent), having(EVERYTHING))
+    if target in DATA and Need.TARGET not in entry.needs:
+        request = dataclasses.replace(request, **DROP_ONLY)
+        assert route(request, having(entry.needs)).method == name
 
 
 @pytest.mark.parametrize("target", ["client", "class", "samples"])
@@ -1027,6 +1031,16 @@ TABLE = {
     "sisa": ({Need.DROP}, "samples", "exact", "attackers federations routes"),
     "ij": ({Need.TARGET, R, Y}, "samples", "none", "attackers events routes"),
 }
+
+
+def test_what_is_there_wherever_something_else_is():
+    assert with_implied({H}) == {H, S, I}
+    assert with_implied({S}) == {S, I}
+    assert with_implied({Need.TARGET}) == {Need.TARGET, Need.DROP}
+    for need in EVERYTHING - {H, S, Need.TARGET}:
+        assert with_implied({need}) == {need}
+    assert missing("random-mask", {Need.TARGET}) == (R,)
+    assert missing("kd", {S, Need.TARGET}) == (H, U)
 
 
 def test_what_holders_compute_is_catalogued_as_specified():
