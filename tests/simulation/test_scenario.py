@@ -11,7 +11,7 @@ from simulation.scenario import (
 )
 
 EXPECTED = {
-    "clean", "clean-dirichlet", "demo", "demo-early", "fashion-backdoor", "fashion-label-flip",
+    "clean", "clean-dirichlet", "demo", "demo-early", "fashion-backdoor", "fashion-label-flip", "forget-class", "forget-samples",
     "flood", "intermittent", "label-flip",
 }  # fmt: skip
 MINIMAL = {"name": "mine", "summary": "mine", "clients": {"total": 4}}
