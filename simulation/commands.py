@@ -190,6 +190,29 @@ def play(
     ray_address: str | None = None,
 ) -> "Experiment":
     """Run a scenario on an engine."""
+    from simulation.experiment import with_folder  # noqa: PLC0415
+
+    with with_folder(scenario) as ready:
+
+        def leave() -> None:
+            if ready.settings.client_dir and not scenario.settings.client_dir:
+                shutil.rmtree(ready.settings.client_dir, ignore_errors=True)
+            interrupted()
+
+        experiment = _play(ready, engine, progress, leave, batch=batch, ray_address=ray_address)
+    experiment.outcome.scenario = scenario  # as it was told: a folder made here is gone
+    return experiment
+
+
+def _play(
+    scenario: "Scenario",
+    engine: Engine,
+    progress: Any,
+    interrupted: Callable[[], None],
+    *,
+    batch: bool,
+    ray_address: str | None,
+) -> "Experiment":
     from simulation.experiment import Experiment, client_app  # noqa: PLC0415
 
     gpu = check_ready(scenario)

@@ -1,8 +1,11 @@
 """One scenario from beginning to end: train under attack, forget, recover, and the baselines."""
 
+import contextlib
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,23 +14,28 @@ from flwr.serverapp import Grid
 
 from client.app import MakeJob, build_app, honest_job
 from client.task.evaluation import state_of
-from client.task.protocol import load_task
+from client.task.protocol import Task, load_task
 from server.federation import TEST, build_federation, initial_model
 from simulation.attacks.client import AttackedJobs, load_poisoned
 from simulation.certify import ffmu_statements
-from simulation.probes import Probes, build_probes
+from simulation.probes import RETAINED, Probes, build_probes
+from simulation.requests import request_of, rows_of
 from simulation.scenario import Scenario
 from strategies.directory import QuorumError, client_name, wait_for_nodes
 from strategies.ffmu import FFMU
 from strategies.loop import Measure, run_rounds
-from strategies.records import Phase, RoundRecord
+from strategies.methods.interface import Pending
+from strategies.records import Phase, RoundRecord, UnlearningRecord
 from strategies.rounds import PlanRounds
-from strategies.wrapper import Unlearning
+from strategies.wrapper import Unlearning, told
+from unlearning.catalogue import DATA, Target
+from unlearning.errors import RefusedRequestError
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer, Ask, carry_out, senders
 from unlearning.randomness import generator
 from unlearning.recovery import rounds_to_reach
 from unlearning.retraining import retrain
+from unlearning.routing import Request
 
 OnRound = Callable[[str, RoundRecord], None]
 """Stage (``federation``, ``natural`` or ``retrain``) and a finished round."""
@@ -52,6 +60,8 @@ class Outcome:
     """The federation's, from round 0, the untrained model."""
     natural_rounds: list[RoundRecord] = field(default_factory=list)
     retrain_rounds: list[RoundRecord] = field(default_factory=list)
+    unlearnings: list[tuple[UnlearningRecord, tuple[str, ...]]] = field(default_factory=list)
+    """Each with those of its clients that leave; the others hold what is forgotten, and stay."""
     points: dict[str, Point] = field(default_factory=dict)
     """``before``, ``unlearned``, ``after``, ``natural``, ``retrained``, ``final``."""
     hits: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -64,15 +74,9 @@ class Outcome:
 
     @property
     def forgotten(self) -> tuple[str, ...]:
-        """Return every client that was forgotten, sorted."""
-        return tuple(
-            sorted(
-                client
-                for record in self.rounds
-                if record.unlearning and record.unlearning.refused is None
-                for client in record.unlearning.clients
-            )
-        )
+        """Return every client that was forgotten, sorted; not those who forgot and stayed."""
+        served = (left for record, left in self.unlearnings if record.refused is None)
+        return tuple(sorted(client for left in served for client in left))
 
 
 def attackers(scenario: Scenario) -> tuple[int, ...]:
@@ -95,6 +99,27 @@ def client_app(scenario: Scenario) -> ClientApp:
     return build_app(config, job=client_jobs(scenario))
 
 
+@contextlib.contextmanager
+def with_folder(scenario: Scenario) -> Iterator[Scenario]:
+    """Yield the scenario with a folder for what its clients keep, if they must keep anything.
+
+    Where it names none, one is made, and removed at the end. To be entered before anything is made
+    of the scenario: equal settings find the same task.
+    """
+    if scenario.settings.client_dir:  # engines' processes may work elsewhere
+        yield _in_folder(scenario, Path(scenario.settings.client_dir).resolve())
+    elif scenario.keeps:
+        with tempfile.TemporaryDirectory(prefix="secateur-clients-") as folder:
+            yield _in_folder(scenario, Path(folder))
+    else:
+        yield scenario
+
+
+def _in_folder(scenario: Scenario, folder: Path) -> Scenario:
+    settings = scenario.settings.model_copy(update={"client_dir": str(folder)})
+    return scenario.model_copy(update={"settings": settings})
+
+
 def check_trained(records: Sequence[RoundRecord]) -> None:
     """Raise ``QuorumError`` if no round after round 0 made a model."""
     last = records[-1]
@@ -104,7 +129,7 @@ def check_trained(records: Sequence[RoundRecord]) -> None:
 
 
 class Experiment:
-    """Plays a scenario on any Grid."""
+    """Plays a scenario on any Grid; one whose clients keep something has a folder for it."""
 
     def __init__(
         self,
@@ -117,6 +142,12 @@ class Experiment:
         self._on_round = on_round
         self._on_ask = on_ask
         self._last: Point | None = None
+        self._rows: list[tuple[int, ...]] = []
+        """Of each request, the samples that it names."""
+        self._waiting: list[Pending] = []
+        """Requests that were taken up, and are not served."""
+        self._refusal = "no round was left for it"
+        """Why the last one that was refused was."""
 
     def play(self, grid: Grid) -> None:
         """Run everything; the result is in ``outcome``."""
@@ -134,11 +165,25 @@ class Experiment:
         )
         model = initial_model(task, settings.seed)
         start = state_of(model)
-        probes = build_probes(task, poisoned, scenario.clients.total, model, settings.device)
+        self._rows = [
+            rows_of(asked, place, task, scenario.clients.total, settings.seed)
+            if asked.target is Target.SAMPLES
+            else ()
+            for place, asked in enumerate(scenario.requests)
+        ]
+        probes = build_probes(
+            task,
+            poisoned,
+            scenario.clients.total,
+            model,
+            settings.device,
+            **self._forget_set(partitions),
+        )
         federation = build_federation(settings, model, task)
 
         def on_round(record: RoundRecord, parameters: Parameters) -> None:
             self._note(federation, record, parameters)
+            self._ask(federation, task, record.number)
 
         final = run_rounds(
             federation,
@@ -146,12 +191,14 @@ class Experiment:
             start,
             rounds=settings.rounds,
             train_config=settings.to_record(),
-            measure=probes.measure,
+            measure=_measure(probes, federation),
             on_round=on_round,
             on_ask=self._on_ask,
         )
         last = self.outcome.rounds[-1]
         check_trained(self.outcome.rounds)
+        if self._waiting and not scenario.may_be_refused:
+            raise RefusedRequestError(self._refusal)
         self.outcome.points["final"] = Point(last.number, final, dict(last.measures))
         self.outcome.roster = federation.roster.statuses()
         if isinstance(federation.strategy, FFMU):
@@ -161,10 +208,43 @@ class Experiment:
         if "after" in self.outcome.points:
             self._compare(federation, grid, probes, start)
 
+    def _forget_set(self, partitions: Sequence[int]) -> dict[str, Any]:
+        """Return what ``build_probes`` is to know of what is, or should be, forgotten."""
+        requests = self.scenario.requests
+        leaving = {p for asked in requests if asked.target not in DATA for p in asked.clients}
+        samples: dict[int, tuple[int, ...]] = {}
+        for asked, rows in zip(requests, self._rows, strict=True):
+            if rows:
+                samples[asked.holder] = (*samples.get(asked.holder, ()), *rows)
+        return {
+            "forgotten": sorted({*partitions, *leaving}),
+            "classes": {asked.label for asked in requests if asked.label is not None},
+            "samples": {p: sorted(set(rows)) for p, rows in sorted(samples.items())},
+        }
+
+    def _ask(self, federation: Unlearning, task: Task, number: int) -> None:
+        """Ask what the scenario asks after a round."""
+        scenario = self.scenario
+        options, clients = scenario.settings.task_options(), scenario.clients.total
+        for asked, rows in zip(scenario.requests, self._rows, strict=True):
+            if asked.round != number:
+                continue
+            request = request_of(asked, rows, task, options, clients)
+            try:
+                federation.request(request)
+            except RefusedRequestError as error:
+                if not scenario.may_be_refused:
+                    raise
+                self.outcome.unlearnings.append(_refused(request, number, str(error)))
+            else:
+                self._waiting.append(federation.forgetting.pending[-1])
+
     def _note(self, federation: Unlearning, record: RoundRecord, model: Parameters) -> None:
         points = self.outcome.points
         here = Point(record.number, model, dict(record.measures))
         unlearning = record.unlearning
+        if unlearning is not None:
+            self._note_unlearning(federation, unlearning)
         if unlearning is not None and unlearning.refused is None:
             if "before" not in points and self._last is not None:
                 points["before"] = self._last
@@ -176,10 +256,27 @@ class Experiment:
         self.outcome.rounds.append(record)
         self._on_round("federation", record)
 
+    def _note_unlearning(self, federation: Unlearning, record: UnlearningRecord) -> None:
+        status = "banned" if record.refused is None else "quarantined"
+        statuses = federation.roster.statuses()
+        left = tuple(client for client in record.clients if statuses.get(client) == status)
+        self.outcome.unlearnings.append((record, left))
+        if record.refused is not None:
+            self._refusal = record.refused
+            return
+        self._waiting = [
+            entry
+            for entry in self._waiting
+            if entry in federation.forgetting.pending or told(entry) not in record.targets
+        ]
+
     def _compare(
         self, federation: Unlearning, grid: Grid, probes: Probes, start: Parameters
     ) -> None:
-        """Run the baselines without whoever was forgotten or should have been."""
+        """Run the baselines without whoever was forgotten or should have been.
+
+        Who holds a class or samples that were forgotten takes part, and has dropped them by now.
+        """
         outcome, points = self.outcome, self.outcome.points
         left_out = {*outcome.forgotten, *outcome.malicious}
         clients = [c for c in federation.directory.clients() if c not in left_out]
@@ -210,9 +307,11 @@ class Experiment:
                 rounds=self.scenario.settings.rounds,
             )
             outcome.hits["retrained"] = probes.hits(points["retrained"].model)
-            target = before.measures[TEST]
+            # Without a class, no training comes back to the accuracy on all of them.
+            measure = TEST if before.measures[RETAINED] is None else RETAINED
+            target = before.measures[measure]
             if target is not None:
-                curve = [r.measures[TEST] or 0.0 for r in outcome.retrain_rounds]
+                curve = [r.measures[measure] or 0.0 for r in outcome.retrain_rounds]
                 tolerance = self.scenario.settings.recovery_tolerance
                 outcome.retrain_rounds_needed = rounds_to_reach(curve, target - tolerance)
 
@@ -235,10 +334,37 @@ class Experiment:
             records.append(record)
             self._on_round(stage, record)
 
+        measure = _measure(probes, federation)
         model = train_without(
-            carrier, probes.measure, start, clients, first=first, rounds=rounds, on_round=note
+            carrier, measure, start, clients, first=first, rounds=rounds, on_round=note
         )
         return records, Point(records[-1].number, model, dict(records[-1].measures))
+
+
+def _measure(probes: Probes, federation: Unlearning) -> Measure:
+    def measure(number: int, model: Parameters) -> Mapping[str, float | None]:
+        return probes.measure(number, model, without=federation.forgotten_classes)
+
+    return measure
+
+
+def _refused(request: Request, number: int, why: str) -> tuple[UnlearningRecord, tuple[str, ...]]:
+    """Return the record of a request that was not even taken up."""
+    if request.target is Target.CLASS:
+        what = f"class {request.label}"
+    elif request.target is Target.SAMPLES:
+        what = f"{len(request.tokens)} samples"
+    else:
+        what = ", ".join(request.clients)
+    record = UnlearningRecord(
+        number,
+        request.method or "",
+        request.cause,
+        request.clients,
+        targets=(what,),
+        refused=why,
+    )
+    return record, () if request.target in DATA else request.clients
 
 
 def train_without(

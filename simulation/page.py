@@ -33,7 +33,12 @@ EFFECTS = {
     "flip_success": "the model repeated {} of the swapped labels",
 }
 """Measure of an attack -> what its share means."""
-MEASURED = {"test_accuracy": "Test accuracy", "forget_accuracy": "Forget accuracy", **ATTACKS}
+MEASURED = {
+    "test_accuracy": "Test accuracy",
+    "retained_accuracy": "Accuracy on the other classes",
+    "forget_accuracy": "Forget accuracy",
+    **ATTACKS,
+}
 """Measure behind a verdict -> its name."""
 POINTS = (
     ("before", "Before", "The model just before anything was forgotten."),
@@ -42,8 +47,8 @@ POINTS = (
     (
         "natural",
         "Only left out",
-        "Comparison: the same rounds without these clients, nothing pruned. What time alone "
-        "forgets.",
+        "Comparison: the same rounds without these clients or data, nothing else changed. What "
+        "time alone forgets.",
     ),
     (
         "retrained",
@@ -192,6 +197,11 @@ class Facts:
         return self.waiting - self.malicious - asked
 
     @property
+    def asked(self) -> bool:
+        """Say whether the scenario asked for forgetting."""
+        return bool(self.report["settings"].get("requests"))
+
+    @property
     def detecting(self) -> bool:
         """Say whether a detector was on."""
         return bool(self.report["settings"].get("detector", "none") != "none")
@@ -211,6 +221,12 @@ def _story(facts: Facts) -> Iterator[str]:
         yield from _nothing_forgotten(facts)
         return
     for unlearning in facts.served[:3]:
+        if unlearning["holders"]:
+            yield (
+                f"In round {unlearning['round']}, the federation forgot {_what(unlearning)} on "
+                f"request; {counted(len(unlearning['holders']), 'client')} dropped what they held."
+            )
+            continue
         how = "forgotten on request"
         if unlearning["cause"] == "malicious":
             how = "judged malicious and forgotten"
@@ -283,14 +299,21 @@ def _nothing_forgotten(facts: Facts) -> Iterator[str]:
 
 
 def _accuracy(facts: Facts) -> Iterator[str]:
-    before, after = (facts.share(point, "test_accuracy") for point in ("before", "after"))
-    if before is None or after is None:
+    shown = ["test_accuracy"]
+    if any(unlearning["holders"] for unlearning in facts.served):
+        shown = ["forget_accuracy", "retained_accuracy", "test_accuracy"]
+    for measure in shown:
+        before, after = (facts.share(point, measure) for point in ("before", "after"))
+        if before is None or after is None:
+            continue
+        text = f"{MEASURED[measure]} went from {percent(before)} before to {percent(after)} after"
+        retrained = facts.share("retrained", measure)
+        if retrained is not None:
+            text += f"; retrained, it is {percent(retrained)}"
+        yield f"{text}."
+    after = facts.share("after", "test_accuracy")
+    if after is None:
         return
-    text = f"Test accuracy went from {percent(before)} before to {percent(after)} after"
-    retrained = facts.share("retrained", "test_accuracy")
-    if retrained is not None:
-        text += f"; retrained, it is {percent(retrained)}"
-    yield f"{text}."
     final, end = facts.report["final"], facts.share("final", "test_accuracy")
     if end is not None and final["round"] != facts.report["after"]["round"]:
         yield f"At the end of the run, in round {final['round']}, it was {percent(end)}."
@@ -320,12 +343,7 @@ def _alerts(facts: Facts) -> Iterator[str]:
             f"{listed(sorted(missed))} attacked and {was} never caught: what was learned from "
             "them is still in the model."
         )
-    for unlearning in facts.refused:
-        text = f"In round {unlearning['round']}, forgetting {listed(unlearning['clients'])} was "
-        text += f"refused: {unlearning['refused']}."
-        if not facts.forgotten.issuperset(unlearning["clients"]):
-            text += " What was learned from them is still in the model."
-        yield text
+    yield from _refusals(facts)
     unexplained = facts.waiting - {c for u in facts.refused for c in u["clients"]}
     if unexplained:
         verb = "is" if len(unexplained) == 1 else "are"
@@ -345,10 +363,26 @@ def _alerts(facts: Facts) -> Iterator[str]:
             )
 
 
+def _refusals(facts: Facts) -> Iterator[str]:
+    done = {target for unlearning in facts.served for target in unlearning["targets"]}
+    for unlearning in facts.refused:
+        text = f"In round {unlearning['round']}, forgetting {_what(unlearning)} was refused: "
+        text += f"{unlearning['refused']}."
+        if unlearning["clients"]:
+            if not facts.forgotten.issuperset(unlearning["clients"]):
+                text += " What was learned from them is still in the model."
+        elif not done.issuperset(unlearning["targets"]):
+            text += " What was learned from it is still in the model."
+        yield text
+
+
 def _tiles(facts: Facts) -> Iterator[dict[str, str]]:
     """Yield the numbers to see first."""
-    attack = ATTACKS.get(facts.attack or "", "")
-    for measure, label in ((facts.attack, attack), ("test_accuracy", "Test accuracy")):
+    shown: Sequence[str | None] = (facts.attack, "test_accuracy")
+    if facts.attack is None and facts.asked:
+        shown = tuple(_measures(facts))
+    for measure in shown:
+        label = MEASURED.get(measure or "", "")
         before, after, retrained, final = (
             facts.share(point, measure) for point in ("before", "after", "retrained", "final")
         )
@@ -403,8 +437,9 @@ def _measures(facts: Facts) -> dict[str, str]:
     found = {"test_accuracy": "Test accuracy"}
     if facts.attack is not None:
         found[facts.attack] = ATTACKS[facts.attack]
-    if any(record["forget_accuracy"] is not None for record in facts.rounds):
-        found["forget_accuracy"] = "Forget accuracy"
+    for measure in ("retained_accuracy", "forget_accuracy"):
+        if any(record[measure] is not None for record in facts.rounds):
+            found[measure] = MEASURED[measure]
     return found
 
 
@@ -426,6 +461,8 @@ def _unlearning(unlearning: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         "recovery": recovery,
         "share": unlearning["zeroed"] / sizes if sizes else None,
         "megabytes": f"{unlearning['memory_bytes'] / 1e6:.1f}{SPACE}MB",
+        "sent": f"{unlearning['bytes_sent'] / 1e6:.1f}{SPACE}MB",
+        "what": _what(unlearning) if unlearning["holders"] or not unlearning["clients"] else "",
         "settings": ", ".join(f"{k} {v}" for k, v in unlearning["settings"].items()),
         "mistaken": sorted(facts.mistaken.intersection(unlearning["clients"])),
     }
@@ -518,10 +555,17 @@ def _reading(name: str, facts: Facts) -> Iterator[str]:
     if facts.attack is not None:
         yield f"{ATTACKS[facts.attack]} should fall to where it is in a retrained model."
     if "forget_accuracy" in _measures(facts):
-        yield (
-            "Forget accuracy is the share of the attackers' training examples, poisoned labels "
-            "included, that the model answers as they taught it."
-        )
+        if not facts.asked:
+            yield (
+                "Forget accuracy is the share of the attackers' training examples, poisoned labels "
+                "included, that the model answers as they taught it."
+            )
+        else:
+            yield (
+                "Forget accuracy is the share of what is to be forgotten that the model answers as "
+                "it was taught: clients' training data, the samples named, and test examples of a "
+                "class."
+            )
     if facts.attack is not None and facts.report["natural_rounds"]:
         yield "Dotted: the attack without any unlearning, had its clients merely stayed away."
     if facts.share("retrained", facts.attack) is not None:
@@ -594,6 +638,8 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 def _shown(value: Any) -> str:
     if value is None or value in ("", [], ()):
         return DASH
+    if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+        return "; ".join(", ".join(f"{k} {v}" for k, v in item.items()) for item in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value)
@@ -641,6 +687,12 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 def ranges(numbers: Iterable[int]) -> str:
     """Return round numbers with runs joined."""
     return ", ".join(str(a) if a == b else f"{a}{DASH}{b}" for a, b in spans(numbers))
+
+
+def _what(unlearning: Mapping[str, Any]) -> str:
+    """Return what was, or should have been, forgotten."""
+    whom = unlearning["clients"]
+    return listed(whom if whom and not unlearning["holders"] else unlearning["targets"])
 
 
 def _effect(facts: Facts, share: float) -> str:

@@ -149,7 +149,8 @@ def events(record: RoundRecord) -> list[str]:
     elif unlearning is not None:
         zeroed, size = sum(unlearning.zeroed.values()), sum(unlearning.sizes.values())
         share = f", {zeroed} of {size} weights zeroed" if size else ""
-        lines.append(f"[bold]{unlearning.method} forgot {', '.join(unlearning.clients)}[/]{share}")
+        what = ", ".join(unlearning.targets or unlearning.clients)
+        lines.append(f"[bold]{unlearning.method} forgot {escape(what)}[/]{share}")
         lines += [f"[yellow]{escape(warning)}[/]" for warning in unlearning.warnings]
     return lines
 

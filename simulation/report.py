@@ -12,7 +12,7 @@ from typing import Any
 from client.task.device import choose_device
 from server.federation import TEST
 from simulation.experiment import Outcome, Point
-from simulation.probes import BACKDOOR, FLIP, FORGET, MEASURES
+from simulation.probes import BACKDOOR, FLIP, FORGET, MEASURES, RETAINED
 from simulation.scenario import Scenario
 from strategies.records import Phase, RoundRecord, UnlearningRecord
 from unlearning.verdict import NOT_MEASURED, Verdict, equivalence
@@ -34,7 +34,15 @@ def report_of(outcome: Outcome, engine: str, *, batched: bool = False) -> dict[s
         "summary": scenario.summary,
         "engine": engine,
         "seed": scenario.settings.seed,
-        "settings": {**settings_of(scenario), "baselines": scenario.baselines.model_dump()},
+        "settings": {
+            **settings_of(scenario),
+            "requests": [
+                asked.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+                for asked in scenario.requests
+            ],
+            "may-be-refused": scenario.may_be_refused,
+            "baselines": scenario.baselines.model_dump(),
+        },
         "environment": {**environment(scenario.settings.device), "batched": batched},
         "clients": {
             "total": scenario.clients.total,
@@ -49,7 +57,7 @@ def report_of(outcome: Outcome, engine: str, *, batched: bool = False) -> dict[s
         "ever_flagged": sorted(
             {client for r in outcome.rounds if r.finding for client in r.finding.flagged}
         ),
-        "unlearnings": [_unlearning(r.unlearning) for r in outcome.rounds if r.unlearning],
+        "unlearnings": [_unlearning(record, left) for record, left in outcome.unlearnings],
         **{
             name: _point(points.get(name))
             for name in ("before", "unlearned", "after", "retrained", "natural", "final")
@@ -139,12 +147,17 @@ def _detections(rounds: Sequence[RoundRecord]) -> list[dict[str, Any]]:
     ]
 
 
-def _unlearning(record: UnlearningRecord) -> dict[str, Any]:
+def _unlearning(record: UnlearningRecord, left: Sequence[str]) -> dict[str, Any]:
     return {
         "round": record.number,
         "method": record.method,
         "cause": record.cause,
-        "clients": list(record.clients),
+        "targets": list(record.targets),
+        "clients": list(left),
+        "holders": [client for client in record.clients if client not in left],
+        "guarantee": record.guarantee,
+        "rounds_asked": record.rounds_asked,
+        "bytes_sent": record.bytes_sent,
         "settings": dict(record.settings),
         "zeroed": sum(record.zeroed.values()),
         "zeroed_by_layer": {
@@ -196,7 +209,7 @@ def _verdicts(outcome: Outcome) -> dict[str, tuple[str | None, Verdict]]:
     verdicts: dict[str, tuple[str | None, Verdict]] = dict.fromkeys(QUESTIONS, (None, NOT_MEASURED))
     after, retrained = outcome.hits.get("after", {}), outcome.hits.get("retrained", {})
     for question, measures, tolerance in (
-        ("utility", (TEST,), UTILITY_TOLERANCE),
+        ("utility", (RETAINED, TEST), UTILITY_TOLERANCE),
         ("forgetting", (BACKDOOR, FLIP, FORGET), FORGETTING_TOLERANCE),
     ):
         taken = [name for name in measures if name in after and name in retrained]

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from server.settings import Settings, describe
 from simulation.attacks.settings import Attack
+from simulation.requests import Asked
+from unlearning.catalogue import DATA
 from unlearning.errors import SecateurError
 
 UNTOLD = {"seed", "data-dir", "device"}
@@ -56,13 +58,16 @@ class Baselines(BaseModel):
 class Scenario(BaseModel):
     """One experiment."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     name: str
     summary: str = Field(min_length=1)
     """What the scenario shows, in one sentence."""
     clients: Clients
     attack: Attack | None = None
+    requests: tuple[Asked, ...] = ()
+    may_be_refused: bool = Field(False, alias="may-be-refused")
+    """Whether a request that is refused is a result; otherwise it is an error that ends the run."""
     baselines: Baselines = Baselines()
     settings: Settings
 
@@ -76,6 +81,29 @@ class Scenario(BaseModel):
                 f"{self.clients.total} clients there are"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_requests(self) -> Self:
+        last, rounds = self.clients.total - 1, self.settings.rounds
+        for asked in self.requests:
+            unknown = [partition for partition in asked.clients if partition > last]
+            if unknown:
+                raise ValueError(
+                    f"requests: clients = {list(asked.clients)} names {unknown[0]}, and partitions "
+                    f"are numbered from 0 to {last}"
+                )
+            if asked.round > rounds:
+                raise ValueError(
+                    f"requests: round = {asked.round} is never played; ask after one of the "
+                    f"{rounds} rounds, or set more rounds"
+                )
+        return self
+
+    @property
+    def keeps(self) -> bool:
+        """Say whether clients must keep something on their disks."""
+        asked = any(request.target in DATA for request in self.requests)
+        return asked or self.settings.batch_log != "off"
 
 
 def built_in() -> Iterator[tuple[str, str]]:

@@ -43,7 +43,7 @@ def checked(
     groups: Sequence[str],
     like: Mapping[str, Parameters],
     signed: bool,
-    most: int,
+    most: int | None = None,
 ) -> dict[str, list[Statistics]]:
     """Return every client's statistics, group by group, after checking them.
 
@@ -54,7 +54,7 @@ def checked(
     like
         Group -> tensors of the names and shapes expected.
     most
-        Rows that a group of one client can have.
+        Rows that a group of one client can have; ``None`` where there is no bound.
 
     Raises
     ------
@@ -66,9 +66,10 @@ def checked(
         sent = parted(answer.arrays or {})
         for group in groups:
             count = answer.metrics.get(f"{group}-count", answer.metrics.get(f"count-{group}", 0))
-            whole = int(count) if float(count).is_integer() else count
-            part = Statistics(sent.get(group, {}), whole)  # type: ignore[arg-type]  checked now
             try:
+                if not float(count).is_integer():
+                    raise ParametersError(f"a number of rows is whole, and {count} is not")
+                part = Statistics(sent.get(group, {}), int(count))
                 check_statistics(part, like[group], most=most, signed=signed)
             except ParametersError as error:
                 raise StatisticsError(

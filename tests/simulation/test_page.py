@@ -18,6 +18,7 @@ MEASURES = (
     "test_accuracy",
     "validation_accuracy",
     "forget_accuracy",
+    "retained_accuracy",
     "backdoor_success",
     "flip_success",
 )
@@ -31,6 +32,7 @@ def measures(test: float | None, forget: float | None, attack: float | None) -> 
         "test_accuracy": test,
         "validation_accuracy": test,
         "forget_accuracy": forget,
+        "retained_accuracy": None,
         "backdoor_success": attack,
         "flip_success": None,
     }
@@ -61,7 +63,12 @@ def an_unlearning(number: int, clients: list[str], **changes: Any) -> dict[str, 
         "round": number,
         "method": "fedup",
         "cause": "malicious",
+        "targets": [", ".join(clients)],
         "clients": clients,
+        "holders": [],
+        "guarantee": "none",
+        "rounds_asked": 0,
+        "bytes_sent": 0,
         "settings": {"rate": 0.15, "rate_chosen": "fixed"},
         "zeroed": 160,
         "zeroed_by_layer": {
@@ -281,9 +288,52 @@ def hostile() -> dict[str, Any]:
     return report
 
 
+def of_a_class() -> dict[str, Any]:
+    """Everybody drops class 3; nobody attacks, and nobody leaves."""
+    report = clean()
+    whole = caught()
+    for point in ("before", "unlearned", "after", "retrained", "natural"):
+        report[point] = whole[point] | {"backdoor_success": None}
+    for record in [*report["rounds"], *(report[p] for p in ("before", "unlearned", "after"))]:
+        record |= {"retained_accuracy": 0.7, "forget_accuracy": 0.25}
+    report["retrained"]["retained_accuracy"] = 0.75
+    report["settings"]["requests"] = [{"round": 3, "target": "class", "label": 3}]
+    report["unlearnings"] = [
+        an_unlearning(
+            4, [], cause="privacy", method="fisher-mask", targets=["class 3"], holders=CLIENTS,
+            rounds_asked=2, bytes_sent=1_500_000,
+        )
+    ]  # fmt: skip
+    report["rounds"][4]["phase"] = "unlearn"
+    return report
+
+
+def class_refused() -> dict[str, Any]:
+    """A class was asked for, of nobody in particular, and nothing was done."""
+    report = clean()
+    nothing = {"zeroed": 0, "zeroed_by_layer": {}, "settings": {}, "warnings": [], "method": ""}
+    nothing |= {f"recovery_{key}": None for key in ("rounds", "ended_by", "bound", "target")}
+    why = "none of 6 clients holds class 12"
+    report["unlearnings"] = [
+        an_unlearning(4, [], cause="privacy", targets=["class 12"], refused=why, **nothing)
+    ]
+    return report
+
+
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     make.__name__: make
-    for make in (caught, clean, missed, label_flip, refused, several, nulls, hostile)
+    for make in (
+        caught,
+        clean,
+        missed,
+        label_flip,
+        refused,
+        several,
+        nulls,
+        hostile,
+        of_a_class,
+        class_refused,
+    )
 }
 
 
@@ -421,6 +471,23 @@ def test_story_of_caught_attackers() -> None:
     ) in text
     assert "Test accuracy went from 50.1 % before to 60.2 % after; retrained, it is 61.3 %." in text
     assert "Attention" not in text
+
+
+def test_a_class_that_was_forgotten_is_told_of_as_data_and_not_as_clients() -> None:
+    text = text_of("of_a_class")
+    assert "the federation forgot class 3 on request; six clients dropped what they held" in text
+    assert "Forget accuracy went from 25.0 % before to 25.0 % after; retrained, it is" in text
+    assert "Accuracy on the other classes went from 70.0 % before to 70.0 % after; retrained, it " \
+        "is 75.0 %" in text  # fmt: skip
+    assert "2 times, 1.5 MB sent" in text
+    assert "round 3, target class, label 3" in text
+    assert "attackers' training examples" not in text
+
+
+def test_a_refused_class_is_an_alert_that_names_the_class() -> None:
+    text = text_of("class_refused")
+    assert "forgetting class 12 was refused: none of 6 clients holds class 12." in text
+    assert "What was learned from it is still in the model." in text
 
 
 def test_cost_is_compared_with_retraining() -> None:
