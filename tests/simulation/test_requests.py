@@ -117,7 +117,10 @@ def test_the_federation_hears_tokens_alone_and_the_client_knows_what_they_stand_
     task = load_task(options)
     request = request_of(scenario.requests[0], (4, 9), task, options, 5)
     assert request.clients == ("client-0001",)
-    assert request == request_of(scenario.requests[0], (4, 9), task, options, 5)
+    elsewhere = options.model_copy(update={"client_dir": str(tmp_path / "other")})
+    assert request == request_of(scenario.requests[0], (4, 9), task, elsewhere, 5)
+    reseeded = elsewhere.model_copy(update={"client_dir": str(tmp_path / "third"), "seed": 9})
+    assert request != request_of(scenario.requests[0], (4, 9), task, reseeded, 5)
     named = Selection(forget="samples", forget_tokens=",".join(request.tokens))
     examples = task.client_data(1, 5).train
     assert keeping.Keeping(tmp_path / "1").select(named, examples) == [4, 9]
