@@ -146,9 +146,9 @@ def request_of(
     """
     tokens: list[str] = []
     if asked.target is Target.SAMPLES:
-        tokens = keeping_at(options.client_dir, asked.holder).issue(
-            rows, examples, seed=options.seed
-        )
+        examples = task.client_data(asked.holder, clients).train
+        keeping = keeping_at(options.client_dir, asked.holder)
+        tokens = keeping.issue(rows, examples, seed=options.seed)
     return Request(
         asked.target,
         tuple(map(client_name, asked.clients)),
