@@ -1,0 +1,420 @@
+"""Requests to forget a class or samples, through the wrapper and a Grid of scripted clients."""
+
+import pytest
+import torch
+from flwr.app import Message
+from flwr.serverapp.strategy import FedAvg
+
+from simulation.engines.inprocess import InProcessGrid
+from strategies import messages
+from strategies.actions import Amnesiac, Ascend, Ascent, Forget, Noisy, Rapid, Rcad
+from strategies.actions import Statistics as Question
+from strategies.forgetting import needs_of
+from strategies.memory import Memory
+from strategies.methods.catalogue import MAKE
+from strategies.methods.holders import ascending
+from strategies.methods.masks import Mask
+from strategies.methods.retraining import noisy, rapid, rcad
+from strategies.records import Phase
+from tests.conftest import scripted_app
+from tests.strategies.small import client, federation, learning, play
+from unlearning.catalogue import METHODS, Need, Target
+from unlearning.errors import BudgetError, RefusedRequestError
+from unlearning.parameters import trained_names
+from unlearning.routing import Request
+
+CLIENTS = 5
+ALL = tuple(map(client, range(CLIENTS)))
+TOKEN = "0" * 32
+OFFERS = frozenset({Need.CLASSES, Need.BATCH_LOG})
+PLAY = (Rapid, Noisy, Rcad)
+
+
+class Clients:
+    """Clients that hold rows, do what they are asked, and note it.
+
+    ``refuse`` maps a client to why it will not, ``away`` names those that cannot, per action.
+    """
+
+    def __init__(self, held=(1, 2, 3, 4, 5)):
+        self.held = dict(enumerate(held))
+        self.told = []
+        self.refuse, self.away = {}, {}
+        app = scripted_app(learning())
+        for kind in (Ascent, Amnesiac, Ascend, *PLAY):
+            self._register(app.train, kind)
+        for kind in (Forget, Question):
+            self._register(app.query, kind)
+        self.app = app
+        self.grid = InProcessGrid(app, CLIENTS)
+        self._send = self.grid.send_and_receive
+        self.grid.send_and_receive = self._spy
+
+    def _spy(self, outgoing, *, timeout=None):
+        sent = list(outgoing)
+        for message in sent:
+            kind = message.metadata.message_type
+            if kind in ("evaluate", "query.identity"):
+                continue
+            node = list(self.grid.get_node_ids()).index(message.metadata.dst_node_id)
+            config = dict(message.content.config_records[messages.CONFIG])
+            self.told.append((kind, node, config))
+        return self._send(sent, timeout=timeout)
+
+    def of(self, action):
+        """Return who was asked for an action, in order."""
+        return [node for kind, node, _ in self.told if kind == action]
+
+    def config(self, action):
+        return [config for kind, _, config in self.told if kind == action]
+
+    def _register(self, decorator, kind):
+        @decorator(kind.action.partition(".")[2])
+        def handle(message, context):
+            partition = int(context.node_config["partition-id"])
+            if partition in self.away.get(kind.action, ()):
+                raise RuntimeError("not here")
+            if partition in self.refuse.get(kind.action, ()):
+                return messages.refusal(message, "its owner does not allow it")
+            config = dict(message.content.config_records[messages.CONFIG])
+            return Message(self._do(kind, partition, message, config), reply_to=message)
+
+    def _do(self, kind, partition, message, config):
+        rows = self.held.get(partition, 0)
+        if kind is Forget:
+            return messages.evaluate_reply({"rows": rows}, 1)
+        start = messages.parameters_from(message.content.array_records[messages.ARRAYS])
+        if kind in PLAY:
+            return learning()(partition, int(config["server-round"]), start)
+        if kind is Question:
+            return self._statistics(start, rows)
+        moved = {n: t + 1 if t.is_floating_point() and rows else t for n, t in start.items()}
+        metrics = {"batches": rows, "first-round": 1} if kind is Amnesiac else {"rows": rows}
+        return messages.train_reply(moved, metrics, max(1, rows))
+
+    def _statistics(self, start, rows):
+        like = {name: start[name] for name in trained_names(start)}
+        sums = {f"{group}/{name}": torch.full(tensor.shape, float(rows + place))
+                for place, group in enumerate(("forget", "remain"))
+                for name, tensor in like.items()}  # fmt: skip
+        if not rows:
+            sums = {name: tensor * ("remain" in name) for name, tensor in sums.items()}
+        counts = {"forget-count": rows, "remain-count": 5, "rows": rows}
+        return messages.train_reply(sums, counts, 5 + rows)
+
+
+def made(method, **more):
+    methods = [MAKE[name]() for name in MAKE] if method is None else [method]
+    others = [m for m in methods if m.name not in ("federaser", "fedrecover")]
+    memory = Memory(needs_of(others) | {Need.LAST, Need.LEDGER})
+    more = {"offers": OFFERS, "memory": memory} | more
+    return federation("natural", others=others, **more)
+
+
+def asked_for(method, *, target=Target.CLASS, holders=(), **more):
+    entry = METHODS[method]
+    kind = {"label": 1} if target is Target.CLASS else {"tokens": (TOKEN,)}
+    if target is Target.SAMPLES and not holders:
+        holders = (0,)
+    promise = "exact" if entry.guarantee == "exact" else "approximate"
+    return Request(target, tuple(map(client, holders)), "privacy", guarantee=promise,
+                   method=method, **kind, **more)  # fmt: skip
+
+
+def requested(clients, method, *, before=3, after=1, request=None, **more):
+    """Train, ask, and go on; return the federation, the later records and all models."""
+    wrapped = made(method, **more)
+    _, models = play(wrapped, clients.grid, before)
+    clients.told.clear()
+    wrapped.request(request or asked_for(method.name))
+    records, later = play(wrapped, clients.grid, after, played=before, model=models[-1])
+    return wrapped, records, [models[-1], *later]
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---------------------------------------------------------------- holders drop first
+@pytest.mark.parametrize("target", [Target.CLASS, Target.SAMPLES])
+@pytest.mark.parametrize("name", ["retrain", "rapid-retraining", "noisy-gd", "rcad", "random-mask",
+                                  "fisher-mask", "ascent", "amnesiac"])  # fmt: skip
+def test_before_every_method_all_holders_drop_and_stay(name, target):
+    clients = Clients()
+    holders = () if target is Target.CLASS else (1, 3)
+    request = asked_for(name, target=target, holders=holders)
+    wrapped, records, models = requested(clients, MAKE[name](), after=3, request=request)
+    done = records[0].unlearning
+    named = tuple(map(client, holders)) or ALL
+    assert (done.refused, done.method, done.clients) == (None, name, named)
+    assert done.targets == (("class 1",) if target is Target.CLASS else ("1 samples",))
+    assert records[0].phase is Phase.UNLEARN
+    assert not same(models[0], models[1])
+    # Round 4 is trained, then all holders drop, then the method asks.
+    kinds = list(dict.fromkeys((kind, config["server-round"]) for kind, _, config in clients.told))
+    assert kinds[:2] == [("train", 4), ("query.forget", 4)]
+    assert clients.of("query.forget") == (list(holders) or list(range(CLIENTS)))
+    for config in clients.config("query.forget"):
+        chosen = ("class", 1, "") if target is Target.CLASS else ("samples", -1, TOKEN)
+        assert (config["forget"], config["forget-class"], config["forget-tokens"]) == chosen
+    # Nobody leaves: all take part in the rounds that follow.
+    assert set(wrapped.roster.statuses().values()) <= {"active"}
+    assert records[1].participants == ALL
+    assert wrapped.forgotten_classes == ({1} if target is Target.CLASS else set())
+    assert done.guarantee == METHODS[name].guarantee
+    # Every other than an exact one is followed by recovery.
+    exact = METHODS[name].guarantee == "exact"
+    assert records[1].phase is (Phase.TRAIN if exact else Phase.RECOVER)
+    assert wrapped.forgettings == 1
+    assert clients.config("query.forget")[0]["forgettings"] == 1
+    assert not wrapped.busy
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "rounds"),
+    [
+        (rapid(rapid_rate=0.25), Rapid, [1, 2]),
+        (noisy(noise=0.25), Noisy, [5]),
+        (rcad(strength=0.75), Rcad, [5, 6, 7, 8]),
+    ],
+)
+def test_rounds_of_a_step_have_its_message_type_and_the_federations_settings(method, step, rounds):
+    clients = Clients()
+    _, records, _ = requested(clients, method, after=2)
+    told = clients.config(step.action)
+    assert [config["server-round"] for config in told] == [n for n in rounds for _ in ALL]
+    assert all(method.step.config().items() <= config.items() for config in told)
+    assert all("round" not in config and config["forgettings"] == 1 for config in told)
+    assert clients.of("train") == [*range(CLIENTS)] * len(records)  # ordinary rounds are as ever
+    assert records[0].unlearning.rounds_asked == 1 + len(rounds)
+
+
+def test_rapid_retraining_costs_the_rounds_that_it_plays():
+    wrapped = made(rapid())
+    play(wrapped, Clients().grid, 6)
+    assert wrapped.route(asked_for("rapid-retraining", most_rounds=3)).method == "rapid-retraining"
+    with pytest.raises(BudgetError, match="3 rounds again, and 2 are allowed"):
+        wrapped.route(asked_for("rapid-retraining", most_rounds=2))
+
+
+def test_what_is_remembered_of_holders_is_purged():
+    clients = Clients()
+    wrapped = made(ascending())
+    _, models = play(wrapped, clients.grid, 3)
+    assert wrapped.memory.last.locals_.keys() == wrapped.memory.ledger.keys() == set(ALL)
+    wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(1, 3)))
+    config = messages.LocalTraining().to_record()
+    records = []
+    from strategies.loop import run_rounds
+
+    def on_round(record, model):
+        records.append(record)
+        if record.number == 4:
+            kept = set(ALL) - {client(1), client(3)}
+            assert wrapped.memory.last.locals_.keys() == wrapped.memory.ledger.keys() == kept
+
+    run_rounds(wrapped, clients.grid, models[-1], rounds=1, played=3, train_config=config,
+               on_round=on_round)  # fmt: skip
+    assert records[0].unlearning.refused is None
+
+
+# ---------------------------------------------------------------- who refuses, and who is away
+def test_a_refusal_withdraws_the_request_and_changes_nothing():
+    clients = Clients()
+    clients.refuse["query.forget"] = {2}
+    wrapped, records, models = requested(clients, ascending(), after=3)
+    told = records[0].unlearning
+    assert "client-0002: error" in told.refused
+    assert "its owner does not allow it" in told.refused
+    assert "client-0001" not in told.refused
+    assert all(record.unlearning is None for record in records[1:])
+    assert clients.of("query.forget") == list(range(CLIENTS))  # once
+    assert clients.of("train.ascent") == []
+    assert wrapped.forgetting.pending == []
+    assert not wrapped.forgotten_classes
+    assert set(wrapped.roster.statuses().values()) <= {"active"}
+    # Rounds are what they are without a request.
+    quiet = Clients()
+    untouched = made(ascending())
+    _, expected = play(untouched, quiet.grid, 6)
+    assert all(same(a, b) for a, b in zip(models, expected[2:], strict=True))
+    # It may be asked for again.
+    clients.refuse.clear()
+    wrapped.request(asked_for("ascent"))
+
+
+def test_only_what_was_refused_is_withdrawn():
+    # Retraining serves all who wait at once: a leaver, and holders of samples who refuse.
+    clients = Clients()
+    clients.refuse["query.forget"] = {3}
+    method = MAKE["retrain"]()
+    wrapped = made(method)
+    _, models = play(wrapped, clients.grid, 3)
+    wrapped.request(asked_for("retrain", target=Target.SAMPLES, holders=(3,)))
+    wrapped.request(asked_for("retrain", target=Target.SAMPLES, holders=(1,), most_rounds=9))
+    wrapped.request(Request(Target.CLIENT, (client(4),), "privacy", method="retrain"))
+    # Holder 1's request is of the same tokens, so it is withdrawn with the other; the leaver stays.
+    records, _ = play(wrapped, clients.grid, 3, played=3, model=models[-1])
+    assert "client-0003" in records[0].unlearning.refused
+    assert records[1].unlearning.refused is None
+    assert records[1].unlearning.clients == (client(4),)
+    assert wrapped.forgetting.pending == []
+
+
+@pytest.mark.parametrize("name", ["ascent", "retrain"])
+def test_who_is_away_is_asked_again_later(name):
+    clients = Clients()
+    clients.away["query.forget"] = {2}
+    wrapped = made(MAKE[name]())
+    _, models = play(wrapped, clients.grid, 3)
+    clients.told.clear()
+    wrapped.request(asked_for(name))
+    first, later = play(wrapped, clients.grid, 1, played=3, model=models[-1])
+    assert "client-0002: error" in first[0].unlearning.refused
+    assert len(wrapped.forgetting.pending) == 1
+    assert clients.of(f"train.{name}") == []
+    assert not wrapped.forgotten_classes
+    clients.away.clear()
+    again, _ = play(wrapped, clients.grid, 2, played=4, model=later[-1])
+    assert again[0].unlearning.refused is None
+    assert clients.of("query.forget") == 2 * list(range(CLIENTS))
+    assert wrapped.forgotten_classes == {1}
+
+
+def test_what_nobody_holds_is_withdrawn_and_told():
+    clients = Clients(held=(0,) * CLIENTS)
+    wrapped, records, _ = requested(clients, ascending(), after=3)
+    assert "none of 5 clients holds class 1" in records[0].unlearning.refused
+    assert clients.of("query.forget") == list(range(CLIENTS))
+    assert wrapped.forgetting.pending == []
+    assert not wrapped.forgotten_classes
+
+
+@pytest.mark.parametrize("name", ["ascent", "fisher-mask", "amnesiac"])
+def test_one_holder_among_many_is_heard(name):
+    # Four clients hold nothing; the fifth has more than a thousand rows.
+    clients = Clients(held=(0, 0, 0, 0, 1500))
+    _, records, models = requested(clients, MAKE[name]())
+    assert records[0].unlearning.refused is None
+    assert not same(models[0], models[1])
+    if name == "ascent":
+        assert records[0].unlearning.settings["holders"] == 1
+
+
+def test_a_leaver_that_refuses_to_help_is_still_forgotten_later():
+    clients = Clients()
+    clients.refuse["train.ascend"] = {4}
+    wrapped = made(MAKE["pga"]())
+    _, models = play(wrapped, clients.grid, 3)
+    wrapped.request(Request(Target.CLIENT, (client(4),), "privacy", guarantee="approximate",
+                            method="pga", target_cooperates=True))  # fmt: skip
+    records, _ = play(wrapped, clients.grid, 1, played=3, model=models[-1])
+    assert "client-0004" in records[0].unlearning.refused
+    assert [entry.clients for entry in wrapped.forgetting.pending] == [(client(4),)]
+    assert wrapped.roster.statuses()[client(4)] == "quarantined"
+
+
+def test_a_liars_statistics_refuse_the_request_for_now_and_change_nothing():
+    clients = Clients()
+    honest = clients._statistics
+
+    def lying(start, rows):
+        content = honest(start, rows)
+        if rows == 3:
+            content[messages.METRICS]["forget-count"] = 10**7
+        return content
+
+    clients._statistics = lying
+    wrapped, records, models = requested(clients, Mask())
+    assert records[0].unlearning.refused.startswith("client-0002 sent no usable statistics")
+    assert len(wrapped.forgetting.pending) == 1
+    quiet = Clients()
+    _, expected = play(made(Mask()), quiet.grid, 4)
+    assert same(models[-1], expected[-1])
+
+
+def test_requests_for_data_name_known_clients():
+    wrapped = made(ascending())
+    play(wrapped, Clients().grid, 2)
+    with pytest.raises(RefusedRequestError, match="no client is called client-0009"):
+        wrapped.request(asked_for("ascent", holders=(9,)))
+    assert not wrapped.busy
+
+
+# ---------------------------------------------------------------- shares
+def shares(clients, action="train"):
+    """Return, round by round, what every client was told."""
+    found = {}
+    for kind, node, config in clients.told:
+        if kind == action:
+            found.setdefault(config["server-round"], {})[node] = config.get("share")
+    return found
+
+
+def test_clients_are_told_what_their_update_weighed():
+    # Clients send 10 + k examples: the share of client k among all is (10 + k) / 60.
+    clients = Clients()
+    play(made(ascending()), clients.grid, 3)
+    found = shares(clients)
+    assert found[1] == dict.fromkeys(range(CLIENTS))  # nothing before the first round
+    for number in (2, 3):
+        assert found[number] == pytest.approx({k: (10 + k) / 60 for k in range(CLIENTS)})
+
+
+def failing(clients, number, partition):
+    """Make a client's update of one round useless."""
+    inner = clients._send
+
+    def send(outgoing, *, timeout=None):
+        replies = list(inner(outgoing, timeout=timeout))
+        for reply in replies:
+            content = reply.content if not reply.has_error() else {}
+            if messages.ARRAYS in content and clients.told[-1][2]["server-round"] == number:
+                node = list(clients.grid.get_node_ids()).index(reply.metadata.src_node_id)
+                if node == partition:
+                    del content[messages.METRICS]["num-examples"]
+        return replies
+
+    clients._send = send
+
+
+def test_an_update_that_was_not_used_has_no_share():
+    clients = Clients()
+    failing(clients, 2, 4)
+    play(made(ascending()), clients.grid, 4)
+    found = shares(clients)
+    assert found[2][4] == pytest.approx(14 / 60)
+    assert found[3] == pytest.approx({0: 10 / 46, 1: 11 / 46, 2: 12 / 46, 3: 13 / 46, 4: 0.0})
+    assert found[4] == pytest.approx({k: (10 + k) / 60 for k in range(CLIENTS)})
+
+
+def test_a_step_is_told_the_share_of_the_round_before_it():
+    clients = Clients()
+    failing(clients, 4, 4)
+    requested(clients, MAKE["amnesiac"]())
+    for action in ("query.forget", "train.amnesiac"):
+        expected = {0: 10 / 46, 1: 11 / 46, 2: 12 / 46, 3: 13 / 46, 4: 0.0}
+        assert shares(clients, action) == {4: pytest.approx(expected)}
+
+
+def test_who_sat_out_is_told_its_share_of_the_round_that_it_entered():
+    clients = Clients()
+    strategy = FedAvg(fraction_train=0.4, min_train_nodes=2, fraction_evaluate=0.0)
+    play(made(ascending(), strategy=strategy), clients.grid, 8)
+    last, told = {}, shares(clients)
+    for number in sorted(told):
+        asked = told[number]
+        for node, share in asked.items():
+            expected = last.get(node)
+            assert share == (None if expected is None else pytest.approx(expected))
+        weight = sum(10 + node for node in asked)
+        last |= {node: (10 + node) / weight for node in asked}
+    assert 0 < len(last)
+
+
+def test_without_a_batch_log_no_message_is_changed():
+    clients = Clients()
+    requested(clients, ascending(), offers={Need.CLASSES})
+    assert {kind for kind, _, _ in clients.told} == {"train", "query.forget", "train.ascent"}
+    assert all("share" not in config for _, _, config in clients.told)
+
