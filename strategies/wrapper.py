@@ -817,7 +817,9 @@ def hopeless(due: Sequence[Pending], error: SecateurError) -> list[Pending]:
 
     Whoever else waits, waits on: clients that leave, and holders of other data.
     """
-    if isinstance(error, NothingHeldError) or (isinstance(error, UnansweredError) and error.refused):
+    if isinstance(error, NothingHeldError) or (
+        isinstance(error, UnansweredError) and error.refused
+    ):
         asked = error.config.items()
         return [e for e in due if e.selection is not None and e.selection.config().items() <= asked]
     return []

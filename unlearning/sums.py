@@ -139,7 +139,8 @@ def clipped_to_median(parts: Sequence[Statistics], factor: float = CLIP) -> list
     if not telling:
         return list(parts)
     limits = {
-        name: factor * torch.stack([part.sums[name].abs() / part.count for part in telling]).median(0)[0]
+        name: factor
+        * torch.stack([part.sums[name].abs() / part.count for part in telling]).median(0)[0]
         for name in telling[0].sums
     }
     return [

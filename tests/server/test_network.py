@@ -74,7 +74,9 @@ EMPTY = TensorDataset(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.int64)
 SOME = TensorDataset(torch.rand(3, 1, 6, 6), torch.tensor([0, 1, 2]))
 
 
-@pytest.mark.parametrize("data", [ServerData(), ServerData(test=EMPTY), ServerData(unlabelled=SOME)])
+@pytest.mark.parametrize(
+    "data", [ServerData(), ServerData(test=EMPTY), ServerData(unlabelled=SOME)]
+)
 def test_without_data_of_the_servers_nothing_is_known(data):
     task = Holding(data)
     assert network_of(task, task.build_model()) == UNKNOWN

@@ -418,4 +418,3 @@ def test_without_a_batch_log_no_message_is_changed():
     requested(clients, ascending(), offers={Need.CLASSES})
     assert {kind for kind, _, _ in clients.told} == {"train", "query.forget", "train.ascent"}
     assert all("share" not in config for _, _, config in clients.told)
-

@@ -149,7 +149,7 @@ def test_every_holders_batches_are_subtracted_whole():
     def reply(who, question):
         gone = (0.25, 0.5, 0.0)[int(who[-1])]
         answer = model(1 - gone) | {"norm.num_batches_tracked": torch.tensor(99)}
-        return Answer(who, answer, {"batches": 4 * gone, "first-round": 1}, 10**int(who[-1]))
+        return Answer(who, answer, {"batches": 4 * gone, "first-round": 1}, 10 ** int(who[-1]))
 
     start = model()
     found, (asked,) = run(TakeBack().plan(situation(waiting((0, 1, 2)), start=start)), reply)
