@@ -34,7 +34,7 @@ def digits(model, **more):
 
 
 def test_of_a_network_with_convolutions_all_is_known():
-    settings, task = digits("cnn")
+    _, task = digits("cnn")
     model = initial_model(task, 0).train()
     before = copy.deepcopy(model.state_dict())
     found = network_of(task, model)

@@ -410,7 +410,7 @@ def test_who_sat_out_is_told_its_share_of_the_round_that_it_entered():
             assert share == (None if expected is None else pytest.approx(expected))
         weight = sum(10 + node for node in asked)
         last |= {node: (10 + node) / weight for node in asked}
-    assert 0 < len(last)
+    assert len(last) > 0
 
 
 def test_without_a_batch_log_no_message_is_changed():
