@@ -1,0 +1,170 @@
+"""What a federation knows of its models, and what its recovery is judged by."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from client.task.evaluation import predict, state_of
+from client.task.protocol import ServerData, load_task, server_data
+from server.federation import (
+    TEST,
+    build_federation,
+    build_methods,
+    central_measure,
+    initial_model,
+    network_of,
+    staying,
+)
+from server.settings import read_settings
+from strategies.methods.interface import UNKNOWN, Network
+from strategies.methods.masks import MASKS
+from strategies.recovery import VALIDATION
+from tests.client.forgetting.small import Regression, Small
+from unlearning.catalogue import Need
+from unlearning.channel_masks import Convolution
+
+
+def digits(model, **more):
+    settings = read_settings({"task": "digits", "model": model, "examples": 200, **more})
+    return settings, load_task(settings.task_options())
+
+
+def test_of_a_network_with_convolutions_all_is_known():
+    _, task = digits("cnn")
+    model = initial_model(task, 0).train()
+    before = copy.deepcopy(model.state_dict())
+    found = network_of(task, model)
+    # Two convolutions, each read by one layer behind it; then two linear layers, the last the head.
+    weights = {n.removesuffix(".weight"): t.dim() for n, t in before.items() if "weight" in n}
+    first, second, hidden, head = weights
+    assert [*weights.values()] == [4, 4, 2, 2]
+    assert found.convolutions == (
+        Convolution(first, None, (second,)), Convolution(second, None, (hidden,)))  # fmt: skip
+    assert found.head == (f"{head}.weight", f"{head}.bias")
+    assert found.classes == 10
+    assert found.needs() == {Need.CONVOLUTIONS, Need.CLASSES}
+    assert model.training  # the caller's model is as it was
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_a_network_without_convolutions_has_classes_all_the_same():
+    _, task = digits("mlp")
+    found = network_of(task, initial_model(task, 0))
+    assert found.convolutions == ()
+    assert found.needs() == {Need.CLASSES}
+    assert len(found.head) == 2
+
+
+class Holding(Small):
+    """A task whose server has what a test says."""
+
+    def __init__(self, data, make_model=None):
+        super().__init__(make_model)
+        self.data = data
+
+    def server_data(self):
+        return self.data
+
+
+EMPTY = TensorDataset(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.int64))
+SOME = TensorDataset(torch.rand(3, 1, 6, 6), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    "data", [ServerData(), ServerData(test=EMPTY), ServerData(unlabelled=SOME)]
+)
+def test_without_data_of_the_servers_nothing_is_known(data):
+    task = Holding(data)
+    assert network_of(task, task.build_model()) == UNKNOWN
+    assert not UNKNOWN.needs()
+
+
+@pytest.mark.parametrize("part", ["validation", "test", "root"])
+def test_any_row_of_the_servers_will_do(part):
+    task = Holding(dataclasses.replace(ServerData(), **{part: SOME}))
+    found = network_of(task, task.build_model())
+    assert (found.classes, found.head, len(found.convolutions)) == (3, ("5.weight", "5.bias"), 1)
+    assert found.convolutions[0].norm == "1"
+
+
+def test_numbers_to_predict_are_no_classes():
+    class Numbers(Regression):
+        def server_data(self):
+            return ServerData(test=self.client_data(0, 1).test)
+
+    task = Numbers()
+    found = network_of(task, task.build_model())
+    assert found.classes == 0
+    assert found.needs() == frozenset()
+
+
+def test_a_head_without_bias_has_a_weight_only():
+    task = Holding(ServerData(test=SOME),
+                   lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3, bias=False)))  # fmt: skip
+    assert network_of(task, task.build_model()).head == ("1.weight",)
+
+
+@pytest.mark.parametrize("log", ["off", "random"])
+@pytest.mark.parametrize("model", ["cnn", "mlp"])
+def test_a_federation_offers_what_its_task_and_clients_have(model, log, tmp_path):
+    settings, task = digits(model, **{"batch-log": log, "client-dir": str(tmp_path)})
+    made = build_federation(settings, initial_model(task, 0), task)
+    expected = {Need.CLASSES}
+    expected |= {Need.CONVOLUTIONS} if model == "cnn" else set()
+    expected |= {Need.BATCH_LOG} if log == "random" else set()
+    assert made.forgetting.offers == expected
+    for name in (*MASKS, "tfidf", "fisher-noise"):
+        assert made.forgetting.methods[name].network == network_of(task, initial_model(task, 0))
+        assert made.forgetting.methods[name].name == name
+
+
+def test_without_the_task_no_method_knows_channels():
+    settings, task = digits("cnn")
+    assert build_methods(settings, initial_model(task, 0))["tfidf"].network == Network()
+    assert not build_federation(settings, initial_model(task, 0)).forgetting.offers
+
+
+# ---------------------------------------------------------------- recovery without a class
+def test_rows_of_other_classes_stay():
+    targets = torch.tensor([3, 0, 3, 7, 1])
+    outputs = torch.arange(10.0).reshape(5, 2)
+    found = staying(outputs, targets, {3, 7})
+    assert found[1].tolist() == [0, 1]
+    assert found[0].tolist() == [[2, 3], [8, 9]]
+    assert staying(outputs, targets, ())[1] is targets
+    assert len(staying(outputs, targets, {0, 1, 3, 7})[1]) == 0
+
+
+def test_recovery_is_judged_without_forgotten_classes_and_results_are_not():
+    settings, task = digits("mlp")
+    model = initial_model(task, 0)
+    gone = set()
+    measure = central_measure(task, copy.deepcopy(model), settings, lambda: gone)
+    state = state_of(model)
+    data = server_data(task)
+
+    def share(examples, without=()):
+        outputs, targets = predict(model, examples, device=torch.device("cpu"))
+        right = [
+            (int(o.argmax()) == int(t)) for o, t in zip(outputs, targets, strict=True)
+            if int(t) not in without
+        ]  # fmt: skip
+        return sum(right) / len(right)
+
+    before = measure(1, state)
+    assert before == pytest.approx({VALIDATION: share(data.validation), TEST: share(data.test)})
+    values = set()
+    for number in range(10):
+        gone.clear()
+        gone.add(number)  # told by the federation, while it runs
+        found = measure(2, state)
+        assert found[VALIDATION] == pytest.approx(share(data.validation, {number}))
+        assert found[TEST] == before[TEST]
+        values.add(found[VALIDATION])
+    assert len(values) > 1
+    gone.update(range(10))
+    assert measure(3, state) == {VALIDATION: None, TEST: before[TEST]}
