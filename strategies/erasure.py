@@ -116,6 +116,18 @@ SCOPE = (
         "Every client is told with its next message, and clears what it kept between rounds.",
     ),
     Place(
+        "clients' batch logs",
+        "out of reach",
+        "On their own disks, until a request takes updates back, which deletes them, the log drops "
+        "the round, or the owner deletes the folder.",
+    ),
+    Place(
+        "clients' lists of what is forgotten",
+        "kept",
+        "Hashes of rows and numbers of classes, on their own disks, for ever: without them a new "
+        "import would bring the rows back.",
+    ),
+    Place(
         "records of rounds",
         "kept",
         "Who took part, scores and measures: no parameters; they are the evidence of forgetting.",
