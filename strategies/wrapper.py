@@ -44,7 +44,7 @@ from unlearning.parameters import Parameters, byte_size, copied, difference
 from unlearning.plan import Answer, Ask, carry_out
 from unlearning.randomness import derive_seed
 from unlearning.retraining import federated_average
-from unlearning.routing import NEED_MAJORITY, Cause, Promise, Request, Route
+from unlearning.routing import CERTIFIED, NEED_MAJORITY, Cause, Promise, Request, Route
 
 log = logging.getLogger("flwr")
 costs = logging.getLogger("secateur")
@@ -157,6 +157,8 @@ class Unlearning(Strategy):
         self.forgotten_classes: set[int] = set()
         """Numbers of classes; measures that recovery is judged by leave them out."""
         self._asked: dict[str, int] = {}
+        self._certified: dict[str, int] = {}
+        """Client -> rows that went before, certified to change nothing."""
         self.forgettings = 0
         """Unlearnings so far; clients reset their state when it changes."""
 
@@ -377,7 +379,11 @@ class Unlearning(Strategy):
 
     def _check(self, removed: Mapping[str, int]) -> ExactCheck:
         assert isinstance(self.strategy, FFMU)  # noqa: S101  whoever asks has looked
-        return self.strategy.check({self.directory.node(c): n for c, n in removed.items()})
+        together = {
+            client: removed.get(client, 0) + self._certified.get(client, 0)
+            for client in removed.keys() | self._certified.keys()
+        }
+        return self.strategy.check({self.directory.node(c): n for c, n in together.items()})
 
     def _active(self) -> tuple[str, ...]:
         return tuple(c for c in self.directory.clients() if self.roster.may_take_part(c))
@@ -495,8 +501,13 @@ class Unlearning(Strategy):
         self.forgetting.done(due, number)
         self.forgettings += 1
         self.store.drop_journal(plan)
-        if outcome.exact:  # what the strategy remembers now is what it would have without them
-            self.strategy = carrier.strategy
+        if name == CERTIFIED:
+            for client, rows in situation.dropped.items():
+                self._certified[client] = self._certified.get(client, 0) + rows
+        if (
+            outcome.exact and outcome.origin is not None
+        ):  # what the strategy remembers now is what it would have without them
+            self.strategy, self._certified = carrier.strategy, {}
         self.record.unlearning = record
         self.record.phase = Phase.UNLEARN
         record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
@@ -793,7 +804,7 @@ class Unlearning(Strategy):
         record.percentiles = dict(outcome.percentiles)
         # What the wrapped strategy remembers (moments, momentum) holds their influence too.
         if not outcome.exact:
-            self.strategy = copy.deepcopy(self.fresh)
+            self.strategy, self._certified = copy.deepcopy(self.fresh), {}
         self.strategy_since = number
         forgotten = frozenset(record.clients)
         self.memory.forget(forgotten)

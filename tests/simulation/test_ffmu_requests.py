@@ -1,0 +1,78 @@
+"""What FFMU answers to a deletion: nothing where that is certified, another method where not."""
+
+import pytest
+import torch
+
+from simulation.engines.inprocess import InProcessGrid
+from simulation.experiment import Experiment, client_app, with_folder
+from simulation.scenario import load_scenario
+from strategies.ffmu import FFMU
+from unlearning.certificates import ExactCheck
+
+TEXT = """
+summary = "deletions of samples, of a federation that trains by FFMU"
+extends = "ffmu"
+[[requests]]
+round = 2
+target = "samples"
+clients = [1]
+rows = [0, 1]
+[[requests]]
+round = 4
+target = "samples"
+clients = [1]
+rows = [2]
+[settings]
+rounds = 6
+examples = 300
+local-gradient = "full"
+rate-limit = 1
+"""
+
+
+@pytest.fixture
+def play(tmp_path):
+    path = tmp_path / "deletions.toml"
+    path.write_text(TEXT)
+
+    def run():
+        models = {}
+        with with_folder(load_scenario(str(path), {})) as scenario:
+            experiment = Experiment(scenario)
+            note = experiment._note
+
+            def noted(federation, record, model):
+                models[record.number] = model
+                note(federation, record, model)
+
+            experiment._note = noted
+            experiment.play(InProcessGrid(client_app(scenario), scenario.clients.total))
+        return experiment.outcome, models
+
+    return run
+
+
+def test_a_certified_deletion_changes_nothing_and_deletions_add_up(play, monkeypatch):
+    asked = []
+
+    def check(self, removed):
+        asked.append(sorted(removed.values()))
+        return ExactCheck(certified=5, pairs=5, rounds=self.course.number)
+
+    monkeypatch.setattr(FFMU, "check", check)
+    outcome, _ = play()
+    done = [r.unlearning for r in outcome.rounds if r.unlearning is not None]
+    assert [(u.method, u.refused, u.guarantee) for u in done] == [("ffmu", None, "conditional")] * 2
+    assert any("all: the model is the one" in warning for warning in done[0].warnings)
+    # Two rows, then one more: together they must be certified, three of the same client.
+    assert [2] in asked
+    assert [3] in asked
+    assert all(u.recovery_rounds is None for u in done)
+
+
+def test_a_deletion_that_is_not_certified_is_routed_to_another_method(play):
+    outcome, models = play()
+    done = [r.unlearning for r in outcome.rounds if r.unlearning is not None]
+    assert next(u.method for u in done if u.refused is None) == "rollback"
+    assert all("not all: nothing is shown" in u.refused for u in done if u.method == "ffmu")
+    assert all(torch.isfinite(t).all() for t in models[max(models)].values())
