@@ -23,7 +23,7 @@ from client.central.methods import METHODS
 from client.central.run import Target, forgotten, prepared
 from client.central.settings import Training, Tuning
 from client.central.training import fit, training_rate
-from client.task.protocol import TaskOptions
+from client.task.protocol import TaskOptions, load_task
 from unlearning.masking import volatility_abs, volatility_net
 
 FORGET_CLASS = 3
@@ -277,6 +277,7 @@ def main(
                 def make(cell: str = cell, seed: int = seed) -> dict[str, Any]:
                     return one(cell, seed, data_dir, examples)
 
+                load_task.cache_clear()  # data of earlier seeds
                 started = time.perf_counter()
                 cells.setdefault(cell, []).append(seeds.finished(path, make))
                 console.print(

@@ -21,7 +21,7 @@ from benchmarks.seeds import mean, told
 from client.central.methods import METHODS
 from client.central.run import Target, forgotten, prepared
 from client.central.settings import Training, Tuning
-from client.task.protocol import TaskOptions
+from client.task.protocol import TaskOptions, load_task
 
 FORGET_CLASS = 3
 EXAMPLES = 12_000
@@ -237,6 +237,7 @@ def main(
                 def make(data: str = data, model: str = model, seed: int = seed) -> dict[str, Any]:
                     return one(data, model, seed, data_dir, examples)
 
+                load_task.cache_clear()  # data of earlier seeds
                 started = time.perf_counter()
                 cells.setdefault((data, model), []).append(seeds.finished(path, make))
                 console.print(

@@ -65,6 +65,13 @@ class Case:
         return {"forget": "class", "forget_class": self.forget_class}
 
     @property
+    def everything(self) -> Rows:
+        """Return all training rows, those to forget first."""
+        pairs = zip(self.holding.forget, self.holding.remain, strict=True)
+        inputs, targets = (torch.cat(pair) for pair in pairs)
+        return inputs, targets
+
+    @property
     def all_rows(self) -> int:
         """Return the number of training rows."""
         return len(self.holding.forget[0]) + len(self.holding.remain[0])
@@ -97,6 +104,8 @@ class Made:
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     guarantee: str = "none"
+    seconds: float | None = None
+    """Of forgetting alone, where a method first trains."""
 
 
 def selected(settings: dict[str, Any], kind: type[Selection], case: Case) -> Any:

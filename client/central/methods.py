@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from client.central import masks, partial
+from client.central import masks, others, partial, quantised
 from client.central.case import Case, Made
 from client.central.settings import Keys
 
@@ -61,6 +61,13 @@ METHODS: dict[str, Method] = {
     "label-flip": Method(partial.LabelFlip, partial.flip),
     "amnesiac": Method(partial.Whole, partial.taken_back, logs=True),
     "partial-amnesiac": Method(partial.PartialLog, partial.taken_back, logs=True),
+    "macforget": Method(others.MacForget, others.posterior),
+    "ij": Method(others.Jackknife, others.influence),
+    "rcad": Method(others.Rcad, others.regularised),
+    "rapid-retraining": Method(others.Rapid, others.rapid),
+    "noisy-gd": Method(others.Noisy, others.noisy),
+    "sisa": Method(others.Sisa, others.shards),
+    "pcmu": Method(quantised.Pcmu, quantised.prompt),
     "finetune": Method(Nothing, unchanged, TUNED),
     "retrain": Method(Nothing, retrained),
 }

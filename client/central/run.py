@@ -206,7 +206,7 @@ def forgotten(
     tell("forgetting", 0.0)
     started = time.perf_counter()
     made = method.run(settings, case)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started if made.seconds is None else made.seconds
     for model in made.models:
         check_finite(model)
     tell("measuring", 0.0)

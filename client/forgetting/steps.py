@@ -7,11 +7,25 @@ import torch
 from torch import Tensor
 
 from client.forgetting.ascend import ascend, ascent
+from client.forgetting.curvature import curvature
 from client.forgetting.flip import flip
 from client.forgetting.holding import predicted
 from client.forgetting.interface import Holding, Outcome
+from client.forgetting.posterior import forget_posterior
+from client.forgetting.rounds import noisy, rapid, regularised
 from client.forgetting.statistics import statistics
-from strategies.actions import Action, Ascend, Ascent, LabelFlip, Statistics
+from strategies.actions import (
+    Action,
+    Ascend,
+    Ascent,
+    Curvature,
+    LabelFlip,
+    MacForget,
+    Noisy,
+    Rapid,
+    Rcad,
+    Statistics,
+)
 from unlearning.errors import ParametersError
 from unlearning.parameters import Parameters, check_finite
 
@@ -22,7 +36,12 @@ STEPS: dict[type[Action], Step] = {
     Ascend: ascend,
     Ascent: ascent,
     LabelFlip: flip,
+    MacForget: forget_posterior,
     Statistics: statistics,
+    Curvature: curvature,
+    Rapid: rapid,
+    Noisy: noisy,
+    Rcad: regularised,
 }
 
 
