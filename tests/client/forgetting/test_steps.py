@@ -227,7 +227,7 @@ def test_an_action_without_a_step_is_refused(trained):
     with pytest.raises(ParametersError, match=r"no step query.forget; known are query"):
         do(Forget(forget="all"), *trained)
     assert {kind.action for kind in STEPS} >= {
-        "train.ascend", "train.ascent", "train.label-flip", "query.statistics",
+        "train.ascend", "train.ascent", "train.label_flip", "query.statistics",
     }  # fmt: skip
 
 
