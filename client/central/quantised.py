@@ -9,6 +9,7 @@ from client.central.case import Case, Made
 from client.central.settings import Keys
 from client.forgetting.holding import classes_of
 from unlearning import certificates, ffmu, pcmu
+from unlearning.errors import NotCertifiedError
 from unlearning.gradients import chunked_gradient, gradient, per_sample_gradients
 from unlearning.parameters import Parameters
 from unlearning.randomness import generator
@@ -60,9 +61,9 @@ def prompt(settings: Pcmu, case: Case) -> Made:
         if full:
             certificates.check_certifiable(model, quantiser, full=full)
         kept = certificates.answer(model, check, settings.rounds)
-    except certificates.NotCertifiedError as refusal:
+    except NotCertifiedError as refusal:
         if not settings.uncertified:
-            raise certificates.NotCertifiedError(
+            raise NotCertifiedError(
                 f"{refusal}, or set uncertified=true to measure the model as it is"
             ) from refusal
         return Made((model,), (model,), notes, (*warnings, f"not_certified: {refusal}"))
