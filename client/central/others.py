@@ -176,8 +176,8 @@ def influence(settings: Jackknife, case: Case) -> Made:
     model = jackknife.corrected(
         case.model,
         jackknife.last_layer(case.model),
-        Statistics(parts["hessian"], int(outcome.metrics["count"])),
-        Statistics(parts["gradient"], int(outcome.metrics["forget-count"])),
+        Statistics(parts["hessian"], int(outcome.metrics["hessian-count"])),
+        Statistics(parts["gradient"], int(outcome.metrics["gradient-count"])),
         settings.ridge,
     )
     return Made((model,), warnings=warnings)

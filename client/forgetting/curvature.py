@@ -16,8 +16,8 @@ def curvature(settings: Curvature, model: Parameters, holding: Holding) -> Outco
     Returns
     -------
     Outcome
-        ``joined(hessian={layer: ...}, gradient={layer: ...})``, sums; metrics ``count`` and
-        ``forget-count``.
+        ``joined(hessian={layer: ...}, gradient={layer: ...})``, sums; metrics ``hessian-count``
+        and ``gradient-count``.
 
     Raises
     ------
@@ -35,5 +35,5 @@ def curvature(settings: Curvature, model: Parameters, holding: Holding) -> Outco
     gradient = gradient_statistics(model, holding.forward, *holding.forget, layer)
     return Outcome(
         joined(hessian=dict(hessian.sums), gradient=dict(gradient.sums)),
-        {"count": hessian.count, "forget-count": gradient.count},
+        {"hessian-count": hessian.count, "gradient-count": gradient.count},
     )

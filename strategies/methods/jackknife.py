@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
+
 from strategies.actions import Curvature, joined
 from strategies.memory import Memory
 from strategies.methods.interface import Situation, Unlearned
@@ -33,8 +35,11 @@ class Jackknife:
         """Ask all clients for sums over their rows, and correct the model."""
         model = situation.model
         layer = jackknife.last_layer(model)
-        square, vector = jackknife.expected(model, layer)
-        like = {"hessian": square, "gradient": vector}
+        forms = zip(("hessian", "gradient"), jackknife.expected(model, layer), strict=True)
+        like = {
+            group: {name: torch.empty_like(tensor, device="cpu") for name, tensor in form.items()}
+            for group, form in forms
+        }
         answers = yield Ask(
             Curvature.action,
             to=situation.active,
