@@ -20,18 +20,18 @@ from unlearning.errors import SecateurError
 
 SCHEMA_VERSION = 1
 COLUMNS = {
-    "retained": "retained classes, test",
-    "worst": "worst of them",
-    "forget_train": "forgotten, training rows",
-    "forget_test": "forgotten class, test",
-    "test": "all test rows",
+    "retained": "retained",
+    "worst": "worst class",
+    "forget_train": "forgotten, train",
+    "forget_test": "forgotten, test",
+    "test": "all",
 }
 """Measure -> what it is called."""
 POINTS = {
     "before": "before",
     "unlearned": "unlearned",
-    "after": "after fine-tuning",
-    "retrained": "retrained without",
+    "after": "fine-tuned",
+    "retrained": "retrained",
 }
 
 
@@ -93,7 +93,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"# {report['method']} on {report['task']}",
         "",
         f"Forgotten: {what} of {gone['of']} training rows. Seed {report['seed']}. Accuracies, in "
-        "per cent.",
+        "per cent: on test rows of the classes that stay and of the worst of them, on the training "
+        "rows to forget, on test rows of a class to forget, and on all test rows.",
         "",
         f"| | {' | '.join(COLUMNS.values())} |",
         "|---|" + "---|" * len(COLUMNS),

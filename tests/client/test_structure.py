@@ -116,8 +116,14 @@ def test_where_channels_cannot_be_traced_nobody_follows(kind):
 
 def test_a_way_around_the_normalisation_is_seen():
     layers = {"a": conv(), "norm": nn.BatchNorm2d(5), "b": conv(5)}
-    structure, _ = found(lambda net, x: net.b(net.norm(y := net.a(x)) + y), **layers)
-    assert structure["a"] == ("norm", ())
+    ways = (
+        lambda net, x: net.b(net.norm(y := net.a(x)) + y),
+        lambda net, x: (net.b(net.norm(y := net.a(x))), net.b2(y)),
+        lambda net, x: (net.b(net.norm(y := net.a(x))), y),
+    )
+    for way in ways:
+        structure, _ = found(way, **layers, b2=conv(5))
+        assert structure["a"] == ("norm", ())
 
 
 def test_linear_layers_follow_behind_flattening_and_pooling():
