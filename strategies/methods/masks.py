@@ -67,7 +67,7 @@ def checked(
         for group in groups:
             count = answer.metrics.get(f"{group}-count", answer.metrics.get(f"count-{group}", 0))
             whole = int(count) if float(count).is_integer() else count
-            part = Statistics(sent.get(group, {}), whole)  # type: ignore[arg-type]  checked now
+            part = Statistics(sent.get(group, {}), whole)  # type: ignore[arg-type]
             try:
                 check_statistics(part, like[group], most=most, signed=signed)
             except ParametersError as error:
