@@ -176,8 +176,9 @@ def network_of(task: Task, model: nn.Module) -> Network:
     refused.
     """
     data = server_data(task)
-    held = next((part for part in (data.validation, data.test, data.root) if part), None)
-    if held is None or not size_of(held):
+    parts = (data.validation, data.test, data.root)
+    held = next((part for part in parts if part is not None and size_of(part)), None)
+    if held is None:
         return UNKNOWN
     inputs, targets = next(batches(held, 1, None))
     network = copy.deepcopy(model).cpu().eval()

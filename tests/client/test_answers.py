@@ -4,8 +4,9 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from client import answers
 from client.app import build_app
-from client.forgetting.steps import STEPS
+from client.forgetting.steps import STEPS, do
 from client.keeping import Keeping
 from client.rows import subset
 from client.task.evaluation import gather, state_of
@@ -107,8 +108,17 @@ def test_every_step_is_answered_with_a_model(kind, model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SELECTS)
-def test_who_holds_nothing_of_it_returns_the_model_and_all_answers_agree(kind, tmp_path):
+def test_who_holds_nothing_of_it_returns_the_model_and_all_answers_agree(
+    kind, tmp_path, monkeypatch
+):
     made = Federation(tmp_path)
+    computed = []
+
+    def spy(settings, start, holding):
+        computed.append(len(holding.forget[1]))
+        return do(settings, start, holding)
+
+    monkeypatch.setattr(answers, "do", spy)
     threes = (made.rows()[1] == 3).nonzero().flatten().tolist()[:2]
     tokens = made.keeping(0).issue(threes, made.task.client_data(0, CLIENTS).train)
     asked = settings_of(kind, forget="samples", forget_class=-1, forget_tokens=",".join(tokens))
@@ -118,6 +128,7 @@ def test_who_holds_nothing_of_it_returns_the_model_and_all_answers_agree(kind, t
         assert metrics == {"rows": 0 if node else 2}
         assert weight == (len(made.rows(node)[1]) if node else 2)
         assert same(found, made.model) == bool(node)
+    assert computed == [2]  # a step need not know what to do with no rows
     # One holder among others is not turned away for being alone.
     received = [Reply(f"client-{n}", n, reply) for n, reply in enumerate(replies)]
     assert not Screen().check(received, made.model, far=False).rejected

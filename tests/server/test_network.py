@@ -83,6 +83,11 @@ def test_without_data_of_the_servers_nothing_is_known(data):
     assert not UNKNOWN.needs()
 
 
+def test_an_empty_set_hides_no_other():
+    task = Holding(ServerData(validation=EMPTY, test=SOME))
+    assert network_of(task, task.build_model()).classes == 3
+
+
 @pytest.mark.parametrize("part", ["validation", "test", "root"])
 def test_any_row_of_the_servers_will_do(part):
     task = Holding(dataclasses.replace(ServerData(), **{part: SOME}))
