@@ -82,7 +82,7 @@ def test_macforget_moves_towards_the_own_test_rows(trained):
 def test_curvature_is_over_all_rows_and_its_gradient_over_those_to_forget(trained):
     model, holding = trained
     outcome = do(Curvature(**CLASS), model, holding)
-    assert outcome.metrics == {"count": 60, "forget-count": 20}
+    assert outcome.metrics == {"hessian-count": 60, "gradient-count": 20}
     parts = parted(outcome.arrays)
     inputs = torch.cat([holding.forget[0], holding.remain[0]])
     hessian = jackknife.hessian_statistics(model, holding.forward, inputs, "5")
