@@ -181,6 +181,7 @@ def _readers(
     network: nn.Module, sample: Tensor, layers: Sequence[str], norms: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
     """Return, per convolution, the layers that read its channels, if all of them are known."""
+    module = dict(network.named_modules())
     variables: dict[str, Tensor] = {}
     taken: dict[str, list[Tensor]] = {name: [] for name in layers}
 
@@ -201,26 +202,27 @@ def _readers(
     with torch.enable_grad():
         replaced = {name: replace(name) for name in (*layers, *norms.values())}
         outputs = _run(network, variables[""].clone(), replaced)
-    inputs = [(name, found) for name in layers for found in taken[name]]
+    inputs = [
+        (name, tensor, _sources(tensor, variables)) for name in layers for tensor in taken[name]
+    ]
     # The output is nobody's input, and so whoever reaches it has an unknown reader.
-    ends = [("", output) for output in _tensors(outputs)]
-    sources = {name: _sources(tensor, variables) for name, tensor in inputs}
-    reached = set[str]().union(*(_sources(tensor, variables) for _, tensor in ends))
+    ends = [_sources(tensor, variables) for tensor in _tensors(outputs)]
     found: dict[str, tuple[str, ...]] = {}
     for name in layers:
         if len(taken[name]) != 1 or variables[name].dim() != 4:
             continue
         place = norms.get(name, name)
-        reading = [reader for reader, _ in inputs if place in sources[reader]]
-        aside = place != name and any(name in parts for parts in (reached, *sources.values()))
+        reading = [(reader, part) for reader, part, sources in inputs if place in sources]
         apart = all(
-            len(taken[reader]) == 1
-            and sources[reader] == {place}
-            and _keeps_apart(network.get_submodule(reader), taken[reader][0], variables[place])
-            for reader in reading
+            len(taken[reader]) == 1 and _keeps_apart(module[reader], part, variables[place])
+            for reader, part in reading
         )
-        if apart and not aside and place not in reached:
-            found[name] = tuple(reading)
+        alone = all(sources == {place} for _, _, sources in inputs if place in sources)
+        # Past its normalisation, nobody may get at what a convolution puts out.
+        aside = place != name and any(name in sources for _, _, sources in inputs)
+        ended = any(place in sources or name in sources for sources in ends)
+        if apart and alone and not aside and not ended:
+            found[name] = tuple(reader for reader, _ in reading)
     return found
 
 

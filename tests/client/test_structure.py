@@ -147,6 +147,22 @@ def test_a_convolution_that_runs_twice_is_left_out_and_is_no_reader():
     assert structure == {"a": (None, ())}
 
 
+@pytest.mark.parametrize("last", ["a", "b"])
+def test_a_reader_that_runs_twice_hides_no_other_one(last):
+    layers = {"a": conv(), "b": conv(), "twice": conv(5, 5), "once": conv(5)}
+    first = "b" if last == "a" else "a"
+    structure, _ = found(
+        lambda net, x: (
+            net.twice(getattr(net, first)(x)) + net.twice(y := getattr(net, last)(x)),
+            net.once(y),
+        ),
+        **layers,
+    )
+    assert structure == {first: (None, ()), last: (None, ()), "once": (None, ())}
+    again, _ = found(lambda net, x: (net.twice(net.twice(y := net.a(x))), net.once(y)), **layers)
+    assert again["a"] == (None, ())
+
+
 def test_silenced_channels_change_nothing_but_what_they_fed():
     """Zeroing filters, biases and readers of some channels equals zeroing these activations."""
     network = built("lenet").eval()

@@ -71,6 +71,18 @@ def test_so_they_are_for_built_in_models(name):
     compared(net, state_of(net), *rows(3, 4, (1, 16, 16), 10))
 
 
+def test_normalisation_of_constant_activations_divides_by_its_epsilon():
+    """Variance 0: (x - 0) / sqrt(0 + eps) with eps 0.25 is 2 x."""
+    net = nn.Sequential(nn.BatchNorm2d(1, eps=0.25), nn.Flatten()).eval()
+    model = state_of(net) | {"0.running_var": torch.zeros(1)}
+    inputs = torch.tensor([[[[3.0]]]])
+    found = squared_gradients(net, model, lambda o, t: o.sum(), inputs, torch.zeros(1))
+    # d o / d weight = 2 * 3, d o / d bias = 1.
+    assert {name: float(tensor) for name, tensor in found.sums.items()} == {
+        "0.weight": 36.0, "0.bias": 1.0,
+    }  # fmt: skip
+
+
 def test_batches_add_up(monkeypatch):
     monkeypatch.setattr("client.forgetting.squares.AT_ONCE", 40)
     net = network(1)
