@@ -206,11 +206,24 @@ def log_of(
 
 
 def evaluate_reply(message: Message, context: Context, options: TaskOptions) -> Message:
-    """Evaluate the model on this client's test data and reply with the metrics."""
+    """Evaluate the model on this client's test data and reply with the metrics.
+
+    Recovery may be judged by them, so what is forgotten is not missed: rows of forgotten classes do
+    not count.
+
+    Raises
+    ------
+    RefusedRequestError
+        If there are no others.
+    """
     use_one_thread()
     device = choose_device(options.device)
     task = load_task(options)
-    examples = task.client_data(*partition_of(context)).test
+    everything = examples = task.client_data(*partition_of(context)).test
+    if (keeping := keeping_of(options, context)) is not None:
+        examples = keeping.without_forgotten(everything)
+    if examples is not everything and not size_of(examples):
+        raise RefusedRequestError("every test row of this client is forgotten; do not ask for it")
     scratch = scratch_for(task, device)
     scratch.load(start_of(message))
     metrics = evaluation.evaluate(task, scratch.model, examples, device=device)

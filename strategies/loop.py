@@ -4,6 +4,7 @@ Flower's own ``start`` has a fixed number of rounds and no step between them. Th
 while clients wait to be forgotten or the model recovers, and commits every round before the next.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 
@@ -81,13 +82,16 @@ def run_rounds(
                 f"{federation.record.note}"
             )
         started = time.perf_counter()
+        before, classes = model, set(federation.forgotten_classes)
         model = _train(federation, grid, number, model, train_config, result)
         pruned = federation.unlearn_if_due(model, grid, train_config, on_ask)
         model = model if pruned is None else pruned
-        measures = dict(measure(number, model))
-        asked = _ask_clients(federation, grid, number, model, evaluate_config, result)
-        if measures.get(VALIDATION) is None and asked is not None:
-            measures[VALIDATION] = asked
+        measured = functools.partial(
+            _measured, measure, federation, grid, number, config=evaluate_config, result=result
+        )
+        if federation.forgotten_classes != classes:  # measures leave these out from now on
+            federation.recovery.measured_anew(measured(before).get(VALIDATION))
+        measures = measured(model)
         record = federation.record
         void = void + 1 if record.note else 0
         record.measures = measures
@@ -121,6 +125,24 @@ def _train(
             name: float(value) for name, value in metrics.items() if not isinstance(value, list)
         }
     return model if arrays is None else messages.parameters_from(arrays)
+
+
+def _measured(
+    measure: Measure,
+    federation: Unlearning,
+    grid: Grid,
+    number: int,
+    model: Parameters,
+    *,
+    config: ConfigRecord,
+    result: Result,
+) -> dict[str, float | None]:
+    """Measure a model; validation is the clients' own where the server has none."""
+    found = dict(measure(number, model))
+    asked = _ask_clients(federation, grid, number, model, config, result)
+    if found.get(VALIDATION) is None and asked is not None:
+        found[VALIDATION] = asked
+    return found
 
 
 def _ask_clients(

@@ -53,6 +53,15 @@ class RecoveryWatch:
                 record.recovery_bound = recovery_bound(reached, rate)
         self.current = record
 
+    def measured_anew(self, before: float | None) -> None:
+        """Take the accuracy from before, measured on the rows that recovery is judged by now.
+
+        Once a class is forgotten these are the rows of the others, which may have been easier or
+        harder all along.
+        """
+        if self.current is not None and before is not None:
+            self.current.recovery_target = before - self.rule.tolerance
+
     def observe(self, number: int, accuracy: float | None) -> None:
         """Take note of a round's validation accuracy; end the recovery if it is time."""
         if accuracy is not None:

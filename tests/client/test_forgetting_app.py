@@ -100,6 +100,23 @@ def test_without_forgotten_rows_training_is_as_if_they_had_never_been(tmp_path, 
         assert torch.allclose(found[name], tensor, atol=1e-5)
 
 
+def test_a_forgotten_class_is_not_evaluated_on_and_nothing_else_changes(tmp_path):
+    grid, model = grid_for(batch=False, **{"client-dir": str(tmp_path)}), start()
+    options = TaskOptions.model_validate(SETTINGS)
+    task = load_task(options)
+    inputs, targets = task.client_data(0, CLIENTS).test.tensors
+    ask(grid, "query.forget", CLASS_3)
+    metrics = ask(grid, "evaluate", {"server-round": 1}, model).content["metrics"]
+    network = initial_model(task, 0).eval()
+    right = (network(inputs).argmax(dim=1) == targets)[targets != 3]
+    assert 0 < len(right) < len(targets)
+    assert metrics["num-examples"] == len(right)
+    assert metrics["accuracy"] == pytest.approx(right.float().mean().item())
+    for number in set(targets.tolist()):
+        ask(grid, "query.forget", Forget(forget="class", forget_class=number).config())
+    assert messages.is_refusal(ask(grid, "evaluate", {"server-round": 1}, model))
+
+
 def test_zero_rows_are_an_answer_and_no_fault(tmp_path):
     grid = grid_for(batch=False, **{"client-dir": str(tmp_path)})
     reply = ask(grid, "query.forget", Forget(forget="samples", forget_tokens="0" * 32).config())

@@ -10,14 +10,16 @@ from strategies import messages
 from strategies.actions import Amnesiac, Ascend, Ascent, Forget, Noisy, Rapid, Rcad
 from strategies.actions import Statistics as Question
 from strategies.forgetting import needs_of
+from strategies.loop import run_rounds
 from strategies.memory import Memory
 from strategies.methods.catalogue import MAKE
 from strategies.methods.holders import ascending
 from strategies.methods.masks import Mask
 from strategies.methods.retraining import noisy, rapid, rcad
 from strategies.records import Phase
+from strategies.recovery import Recovery
 from tests.conftest import scripted_app
-from tests.strategies.small import client, federation, learning, play
+from tests.strategies.small import MODEL, client, federation, learning, play
 from unlearning.catalogue import METHODS, Need, Target
 from unlearning.errors import BudgetError, RefusedRequestError
 from unlearning.parameters import trained_names
@@ -206,7 +208,6 @@ def test_what_is_remembered_of_holders_is_purged():
     wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(1, 3)))
     config = messages.LocalTraining().to_record()
     records = []
-    from strategies.loop import run_rounds
 
     def on_round(record, model):
         records.append(record)
@@ -217,6 +218,39 @@ def test_what_is_remembered_of_holders_is_purged():
     run_rounds(wrapped, clients.grid, models[-1], rounds=4, played=3, train_config=config,
                on_round=on_round)  # fmt: skip
     assert records[0].unlearning.refused is None
+
+
+@pytest.mark.parametrize("target", [Target.CLASS, Target.SAMPLES])
+def test_recovery_is_judged_by_the_same_rows_before_and_after(target):
+    # Without the class, accuracy was .5 all along; with it, .9. The model after round 4 is at .3,
+    # then .47, which is within 2 points of .5 only once it is .49.
+    wrapped = made(ascending(), recovery=Recovery(tolerance=0.02, cap=9))
+    clients, seen = Clients(), []
+
+    def measure(number, model):
+        seen.append((number, model))
+        if target is Target.CLASS and wrapped.forgotten_classes:
+            return {"validation_accuracy": {4: 0.3, 5: 0.47}.get(number, 0.49) if number > 3 and not
+                    same(model, before) else 0.5}  # fmt: skip
+        return {"validation_accuracy": 0.9}
+
+    models = []
+
+    def note(record, model):
+        records.append(record)
+        models.append(model)
+
+    records = []
+    start = run_rounds(wrapped, clients.grid, MODEL, rounds=3, measure=measure, on_round=note)
+    before = models[-1]
+    wrapped.request(asked_for("ascent", target=target))
+    run_rounds(wrapped, clients.grid, start, rounds=4, played=3, measure=measure, on_round=note)
+    done = next(record.unlearning for record in records if record.unlearning is not None)
+    assert done.recovery_target == pytest.approx((0.5 if target is Target.CLASS else 0.9) - 0.02)
+    if target is Target.CLASS:
+        assert (done.recovery_rounds, done.recovery_ended_by) == (2, "recovered")  # 5 and 6
+        # The model from before is measured once more, after the class was forgotten.
+        assert [number for number, model in seen if same(model, before)] == [3, 4]
 
 
 # ---------------------------------------------------------------- who refuses, and who is away
