@@ -9,7 +9,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from client.answers import answer
 from client.batch_files import BatchLogError
-from client.batch_log import BatchLog
+from client.batch_log import NOT_LOGGED, BatchLog
 from client.contexts import (
     config_of,
     examples_of,
@@ -32,7 +32,7 @@ from client.task.device import choose_device
 from client.task.protocol import TaskOptions, load_task, size_of
 from client.train import Job, do
 from strategies import messages
-from strategies.actions import Action, Amnesiac, Forget
+from strategies.actions import Action, Amnesiac, Batches, Forget, Selection
 from unlearning.errors import RefusedRequestError
 
 LOG = "batches"
@@ -78,6 +78,7 @@ def build_app(
     @app.train("ffmu")
     def train_ffmu(message: Message, context: Context) -> Message:
         use_one_thread()
+        end_log(context, options(context))
         chosen = make_job(message, context, options(context))
         asked = ffmu.settings_of(message.content[messages.CONFIG])
         model, metrics = ffmu.do(chosen, start_of(message), asked)
@@ -107,14 +108,16 @@ def build_app(
     for kind in STEPS:
         _register(app, kind, options)
 
+    @app.query("batches")
+    def batches(message: Message, context: Context) -> Message:
+        rows, log = _logged(Batches, message, context, options(context))
+        left, first = log.check(rows)
+        told = {"rows": left, "first-round": first}
+        return Message(messages.evaluate_reply(told, 1), reply_to=message)
+
     @app.train("amnesiac")
     def amnesiac(message: Message, context: Context) -> Message:
-        own, config = options(context), config_of(message)
-        log = log_of(message, context, own)
-        if log is None:
-            raise BatchLogError("no batch is logged here; set batch-log before the first round")
-        asked = Amnesiac.model_validate(config)
-        rows = needed_keeping(own, context).contents(asked, examples_of(own, context))
+        rows, log = _logged(Amnesiac, message, context, options(context))
         made = take_back(start_of(message), log, rows)
         content = messages.train_reply(made.arrays, made.metrics, 1)
         return Message(content, reply_to=message)
@@ -129,9 +132,23 @@ def _register(
 
     def handle(message: Message, context: Context) -> Message:
         use_one_thread()
-        return answer(kind, message, context, options(context))
+        own = options(context)
+        if verb == messages.TRAIN and not issubclass(kind, Selection):
+            end_log(context, own)
+        return answer(kind, message, context, own)
 
     (app.train if verb == messages.TRAIN else app.query)(name)(handle)
+
+
+def _logged(
+    kind: type[Selection], message: Message, context: Context, own: TaskOptions
+) -> tuple[frozenset[str], BatchLog]:
+    """Return the contents of the rows that a message selects, and the log of their batches."""
+    log = log_of(message, context, own)
+    if log is None:
+        raise BatchLogError(NOT_LOGGED)
+    asked = kind.model_validate(config_of(message))
+    return needed_keeping(own, context).contents(asked, examples_of(own, context)), log
 
 
 def forget_state(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -189,8 +206,7 @@ def log_of(
         Of a message that begins a round, its number: the share is of an earlier one.
     """
     if own.batch_log == "off":
-        if (keeping := keeping_of(own, context)) is not None:
-            BatchLog(keeping.folder / LOG).end()
+        end_log(context, own)
         return None
     log = BatchLog(
         needed_keeping(own, context).folder / LOG,
@@ -203,6 +219,12 @@ def log_of(
     if share is not None:
         log.told(float(share), before)
     return log
+
+
+def end_log(context: Context, own: TaskOptions) -> None:
+    """Give up this client's batch log where it trains, and steps are not logged."""
+    if (keeping := keeping_of(own, context)) is not None:
+        BatchLog(keeping.folder / LOG).end()
 
 
 def evaluate_reply(message: Message, context: Context, options: TaskOptions) -> Message:

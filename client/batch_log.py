@@ -34,6 +34,7 @@ from unlearning.partial_updates import FEW, MANY
 log = logging.getLogger("secateur")
 
 INDEX = "index.json"
+NOT_LOGGED = "no batch is logged here; set batch-log before the first round"
 PART_BYTES = 64 * 10**6
 """Updates held in memory before they are written."""
 
@@ -182,11 +183,43 @@ class BatchLog:
         RefusedRequestError
             If all samples were removed before.
         """
-        index = self._index() if (self.folder / INDEX).exists() else Index()
-        if not index.rounds:
-            raise BatchLogError("no batch is logged here; set batch-log before the first round")
+        with self._opened(samples) as (index, wanted, rows, holding):
+            entries = self._entries(holding, rows, wanted)
+            update, removed = contribution(like, entries, wanted)
+            rounds = [self._purged(r, removed) if r in holding else r for r in index.rounds]
+            self._write(rounds, {*index.removed, *wanted})
+        return TakenBack(update, len(removed.batches), index.rounds[0].number)
+
+    def check(self, samples: frozenset[str]) -> tuple[int, int]:
+        """Return how many of some samples could be taken back, and the first round logged.
+
+        Samples removed before are not counted; 0 and 0 where none is left. Nothing is changed.
+
+        Raises
+        ------
+        BatchLogError
+            As ``take_back`` would.
+        """
+        left = samples - set(self._index().removed)
+        if not left:
+            return 0, 0
+        with self._opened(left) as (index, _, _, holding):
+            for entry in holding:
+                for part in entry.parts:
+                    files.load(self.folder, part)
+        return len(left), index.rounds[0].number
+
+    @contextlib.contextmanager
+    def _opened(
+        self, samples: frozenset[str]
+    ) -> Iterator[tuple[Index, frozenset[str], dict[File, list[str]], list[Round]]]:
+        """Give the index, samples not removed before, every round's rows, and rounds with them."""
+        if not (self.folder / INDEX).exists():
+            raise BatchLogError(NOT_LOGGED)
         with locked(self.folder):
             index = self._index()
+            if not index.rounds:
+                raise BatchLogError(NOT_LOGGED)
             wanted = samples - set(index.removed)
             if samples and not wanted:
                 raise RefusedRequestError("already removed: all rows of this request")
@@ -194,11 +227,7 @@ class BatchLog:
             rows = {file: files.load_rows(self.folder, file) for file in lists}
             holding = [entry for entry in index.rounds if not wanted.isdisjoint(rows[entry.rows])]
             self._check(holding)
-            entries = self._entries(holding, rows, wanted)
-            update, removed = contribution(like, entries, wanted)
-            rounds = [self._purged(r, removed) if r in holding else r for r in index.rounds]
-            self._write(rounds, {*index.removed, *wanted})
-        return TakenBack(update, len(removed.batches), index.rounds[0].number)
+            yield index, wanted, rows, holding
 
     # ------------------------------------------------------------ the index
     def _index(self) -> Index:

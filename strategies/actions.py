@@ -159,10 +159,21 @@ class LabelFlip(Partial):
     learning_rate: float = Field(label_flip.LEARNING_RATE, ge=0)
 
 
+class Batches(Selection):
+    """Say whether the updates of all batches with a selected row could be taken back.
+
+    Nothing is changed. The answer's metrics: ``rows``, how many there are, and ``first-round``, the
+    first that is logged, 0 where nothing is. A client whose log lacks something refuses.
+    """
+
+    action = "query.batches"
+
+
 class Amnesiac(Selection):
     """Subtract the updates of all batches that held a selected row (``methods`` 6.1, 6.2, 6.6).
 
-    Answered with ``w - Z_k``. Needs a client that keeps a batch log.
+    Answered with ``w - Z_k``. Needs a client that keeps a batch log, which loses these updates: to
+    be asked once ``Batches`` was answered by all who are asked for it.
     """
 
     action = "train.amnesiac"

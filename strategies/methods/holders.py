@@ -8,14 +8,29 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from strategies.actions import Action, Amnesiac, Ascend, Ascent, LabelFlip, MacForget, joined
+from strategies.actions import (
+    Action,
+    Amnesiac,
+    Ascend,
+    Ascent,
+    Batches,
+    LabelFlip,
+    MacForget,
+    joined,
+)
 from strategies.memory import LastRound, Memory
-from strategies.methods.interface import Situation, Unlearned
+from strategies.methods.interface import Situation, Unlearned, sums
 from unlearning import ascent
-from unlearning.errors import MissingNeedError, NoLastRoundError, SecateurError
+from unlearning.errors import (
+    MissingNeedError,
+    NoBatchLogError,
+    NoLastRoundError,
+    RefusedRequestError,
+    SecateurError,
+)
 from unlearning.parameters import Parameters, copied, difference, trained_names
 from unlearning.partial_updates import merged
-from unlearning.plan import Ask, Plan
+from unlearning.plan import Answer, Ask, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +113,35 @@ class TakeBack:
         """Keep nothing."""
 
     def plan(self, situation: Situation) -> Plan[Unlearned]:
-        """Ask the holders for the model without their batches."""
-        model = situation.model
+        """Ask the holders whether they can, then for the model without their batches.
+
+        Raises
+        ------
+        RefusedRequestError
+            If it was all taken back before.
+        NoBatchLogError
+            If a log begins later than its client did.
+        """
+        model, selected = situation.model, situation.selection.rows()
+        answers = yield Ask(
+            Batches.action,
+            to=situation.holders,
+            config=Batches(**selected).config(),
+            everybody=True,
+        )
+        holding = [answer for answer in answers if answer.metrics.get("rows", 0) > 0]
+        if not holding:
+            raise RefusedRequestError(
+                f"{self.name}: already removed, or never held: none of {len(answers)} clients has "
+                "rows left to take back"
+            )
+        for answer in holding:
+            check_whole(answer, situation.memory.first_rounds.get(answer.client))
         answers = yield Ask(
             Amnesiac.action,
-            to=situation.holders,
+            to=tuple(answer.client for answer in holding),
             arrays=model,
-            config=Amnesiac(**situation.selection.rows()).config(),
+            config=Amnesiac(**selected).config(),
             everybody=True,
         )
         result, batches = copied(model), 0
@@ -114,7 +151,18 @@ class TakeBack:
                 if name in trained:
                     result[name] += moved
             batches += int(answer.metrics.get("batches", 0))
-        return Unlearned(result, settings={"batches": batches, "holders": len(answers)})
+        told = {"batches": batches, "holders": len(answers)}
+        return Unlearned(result, settings=told, warnings=sums(situation, self.name))
+
+
+def check_whole(answer: Answer, joined_in: int | None) -> None:
+    """Raise ``NoBatchLogError`` if a client's log begins after the round that it joined in."""
+    first = int(answer.metrics.get("first-round", 0))
+    if joined_in is not None and first > joined_in:
+        raise NoBatchLogError(
+            f"the batch log of {answer.client} begins in round {first}, and it took part from "
+            f"round {joined_in} on: what came before cannot be taken back; ask for another method"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

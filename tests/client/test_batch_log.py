@@ -240,7 +240,9 @@ def test_what_was_removed_is_refused_passed_over_and_deleted(tmp_path):
     trained(memory)
     one, two = frozenset(HASHES[:1]), frozenset(HASHES[:2])
     first, removed = contribution(model, memory.shared(shares), one)
+    assert log.check(two) == (2, 1)
     assert same(log.take_back(model, one).update, first)
+    assert (log.check(one), log.check(two)) == ((0, 0), (1, 1))
     held = sum(path.stat().st_size for path in tmp_path.glob("round*"))
     with pytest.raises(RefusedRequestError, match="already removed"):
         log.take_back(model, one)
@@ -275,8 +277,9 @@ def test_without_the_clients_share_a_request_is_refused_and_later_served(tmp_pat
     for told, unknown in ((None, "rounds 1, 2"), ((1.0, 2), "round 2")):
         if told is not None:
             log.told(*told)
-        with pytest.raises(BatchLogError, match=f"share unknown of {unknown}:"):
-            log.take_back(model, EVERY)
+        for ask in (lambda: log.check(EVERY), lambda: log.take_back(model, EVERY)):
+            with pytest.raises(BatchLogError, match=f"share unknown of {unknown}:"):
+                ask()
     log.told(0.0)
     log.told(1.0)  # once told, it stays
     zero_second = log.take_back(model, EVERY).update
@@ -380,8 +383,9 @@ def test_a_damaged_file_is_told_and_nothing_is_removed(tmp_path, what, how):
         half = len(content) // 2
         path.write_bytes(content[:half] if how == "cut" else
                          content[:-1] + bytes([content[-1] ^ 1]))  # fmt: skip
-    with pytest.raises(BatchLogError, match=re.escape(str(path))):
-        log.take_back(model, EVERY)
+    for ask in (lambda: log.check(EVERY), lambda: log.take_back(model, EVERY)):
+        with pytest.raises(BatchLogError, match=re.escape(str(path))):
+            ask()
     assert (tmp_path / INDEX).read_bytes() == index
     path.write_bytes(content)
     assert log.take_back(model, EVERY).batches == 12

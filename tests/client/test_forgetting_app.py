@@ -20,7 +20,7 @@ from server.cli import main
 from server.federation import initial_model
 from simulation.engines.inprocess import InProcessGrid
 from strategies import messages
-from strategies.actions import Amnesiac, Forget, named
+from strategies.actions import Amnesiac, Ffmu, Forget, Rapid, named
 from strategies.exchange import Reply
 from strategies.screen import missing
 
@@ -257,6 +257,21 @@ def test_rounds_without_a_log_end_it(tmp_path):
     reply = ask(logged, "train.amnesiac", {**ALL, "share": 1.0}, start())
     assert messages.is_refusal(reply)
     assert "batches of round 1 are needed" in reply.error.reason
+
+
+@pytest.mark.parametrize("action", [Rapid(), Ffmu()], ids=lambda action: action.action)
+def test_training_of_another_kind_which_is_not_logged_ends_it(tmp_path, action):
+    grid = grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": "random"})
+    train(grid, 1)
+    ready = ask(grid, "query.batches", {**ALL, "share": 1.0})
+    assert count(ready) == 1
+    told = ready.content["metrics"]
+    assert (told["first-round"], told["rows"]) == (1, count(train(grid, 2)))
+    ask(grid, action.action, {"server-round": 3, **action.config()}, start())
+    for question in ("query.batches", "train.amnesiac"):
+        reply = ask(grid, question, {**ALL, "share": 1.0}, start())
+        assert messages.is_refusal(reply)
+        assert "batches of rounds 1, 2 are needed and no longer there" in reply.error.reason
 
 
 def test_a_share_belongs_to_the_round_before_the_message_that_it_came_with(tmp_path):

@@ -7,7 +7,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from simulation.engines.inprocess import InProcessGrid
 from strategies import messages
-from strategies.actions import Amnesiac, Ascend, Ascent, Forget, Noisy, Rapid, Rcad
+from strategies.actions import Amnesiac, Ascend, Ascent, Batches, Forget, Noisy, Rapid, Rcad
 from strategies.actions import Statistics as Question
 from strategies.forgetting import needs_of
 from strategies.loop import run_rounds
@@ -45,7 +45,7 @@ class Clients:
         app = scripted_app(learning())
         for kind in (Ascent, Amnesiac, Ascend, *PLAY):
             self._register(app.train, kind)
-        for kind in (Forget, Question):
+        for kind in (Forget, Batches, Question):
             self._register(app.query, kind)
         self.app = app
         self.grid = InProcessGrid(app, CLIENTS)
@@ -83,8 +83,9 @@ class Clients:
 
     def _do(self, kind, partition, message, config):
         rows = self.held.get(partition, 0)
-        if kind is Forget:
-            return messages.evaluate_reply({"rows": rows}, 1)
+        if kind in (Forget, Batches):
+            told = {"first-round": 1} if kind is Batches else {}
+            return messages.evaluate_reply({"rows": rows, **told}, 1)
         start = messages.parameters_from(message.content.array_records[messages.ARRAYS])
         if kind in PLAY:
             return learning()(partition, int(config["server-round"]), start)

@@ -1,6 +1,7 @@
 """Methods in which holders change the model, and rounds of other training: with canned answers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from strategies.actions import (
     Amnesiac,
     Ascend,
     Ascent,
+    Batches,
     Forget,
     LabelFlip,
     MacForget,
@@ -36,11 +38,19 @@ from tests.strategies.canned import (
     waiting,
 )
 from tests.strategies.small import client
-from unlearning.errors import MissingNeedError, NoLastRoundError, ParametersError, SecateurError
+from unlearning.errors import (
+    MissingNeedError,
+    NoBatchLogError,
+    NoLastRoundError,
+    ParametersError,
+    RefusedRequestError,
+    SecateurError,
+)
 from unlearning.parameters import copied
 from unlearning.plan import Answer
 from unlearning.retraining import federated_average
 
+BUFFER = "norm.running_mean"
 TOKENS = Selection(forget="samples", forget_tokens=f"{'0' * 32},{'1' * 32}")
 
 
@@ -144,32 +154,72 @@ def test_an_answer_that_is_no_model_is_refused():
 
 
 # ---------------------------------------------------------------- amnesiac
-def test_every_holders_batches_are_subtracted_whole():
-    # Z = 0.25, 0.5 and 0: w - Z_1 - Z_2 = 1 - 0.75, whatever a holder weighs.
-    def reply(who, question):
-        gone = (0.25, 0.5, 0.0)[int(who[-1])]
-        answer = model(1 - gone) | {"norm.running_mean": torch.tensor([99.0])}
-        return Answer(who, answer, {"batches": 4 * gone, "first-round": 1}, 10 ** int(who[-1]))
+def logged(*rows, first=1, gone=(0.25, 0.5, 0.0)):
+    """Clients of which each has so many rows left to take back, and Z_k = ``gone[k]``."""
 
-    start = model() | {"norm.running_mean": torch.tensor([7.0])}
-    found, (asked,) = run(TakeBack().plan(situation(waiting((0, 1, 2)), start=start)), reply)
+    def reply(who, question):
+        number = int(who[-1])
+        if question.action == Batches.action:
+            return Answer(who, None, {"rows": rows[number], "first-round": first}, 1)
+        answer = {
+            name: tensor - gone[number] if tensor.is_floating_point() else tensor
+            for name, tensor in question.arrays.items()
+        } | {name: torch.tensor([99.0]) for name in question.arrays if name == BUFFER}
+        return Answer(who, answer, {"batches": 4 * gone[number]}, 10**number)
+
+    return reply
+
+
+def test_every_holders_batches_are_subtracted_whole():
+    # Z = 0.25 and 0.5: w - Z_0 - Z_1 = 1 - 0.75, whatever a holder weighs. The third has no rows.
+    start = model() | {BUFFER: torch.tensor([7.0])}
+    found, (checked, asked) = run(
+        TakeBack().plan(situation(waiting((0, 1, 2)), start=start)), logged(2, 1, 0)
+    )
     # Buffers are the server's own.
-    assert found.model.pop("norm.running_mean") == start.pop("norm.running_mean") == 7
+    assert found.model.pop(BUFFER) == start.pop(BUFFER) == 7
     assert value(found.model) == 0.25
     assert value(start) == 1
-    assert found.settings == {"batches": 3, "holders": 3}
+    assert found.settings == {"batches": 3, "holders": 2}
+    # All are asked whether they can before anybody takes anything back.
+    assert (checked.action, checked.everybody, checked.arrays) == ("query.batches", True, None)
+    assert checked.to == tuple(map(client, range(3)))
     assert (asked.action, asked.everybody) == ("train.amnesiac", True)
-    assert dict(asked.config) == Amnesiac(**CLASS.rows()).config()
+    assert asked.to == tuple(map(client, range(2)))
+    for question in (checked, asked):
+        assert dict(question.config) == Amnesiac(**CLASS.rows()).config()
     assert asked.arrays is start
-    assert asked.to == tuple(map(client, range(3)))
 
 
 def test_of_who_leaves_everything_is_taken_back():
-    _, (asked,) = run(
+    _, (_, asked) = run(
         TakeBack().plan(situation(waiting((3,), None), active=(0, 1))),
-        lambda who, question: Answer(who, question.arrays, {"batches": 0}, 1),
+        logged(0, 0, 0, 9, gone=[0] * 4),
     )
     assert (asked.to, asked.config["forget"]) == ((client(3),), "all")
+
+
+def test_what_was_taken_back_already_is_refused():
+    with pytest.raises(RefusedRequestError, match="already removed, or never held: none of 2"):
+        run(TakeBack().plan(situation(waiting((0, 1)))), logged(0, 0))
+
+
+@pytest.mark.parametrize(("first", "whole"), [(1, True), (2, True), (3, False)])
+def test_a_log_must_begin_with_its_clients_first_round(first, whole):
+    remembered = memory(model(), model())
+    remembered.first_rounds = {client(1): 2}
+    plan = TakeBack().plan(situation(waiting((1,)), remembered=remembered))
+    if whole:
+        assert run(plan, logged(0, 1, first=first))[0].settings["holders"] == 1
+        return
+    with pytest.raises(NoBatchLogError, match=r"client-0001 begins in round 3, and .* round 2 on"):
+        run(plan, logged(0, 1, first=first))
+
+
+def test_where_models_are_no_averages_a_warning_tells():
+    plan = TakeBack().plan(replace(situation(waiting((0,))), averages=False))
+    (warning,) = run(plan, logged(1))[0].warnings
+    assert warning.startswith("not_an_average: amnesiac")
 
 
 # ---------------------------------------------------------------- PGA
