@@ -21,13 +21,14 @@ from simulation.certify import ffmu_statements
 from simulation.probes import RETAINED, Probes, build_probes
 from simulation.requests import request_of, rows_of
 from simulation.scenario import Scenario
+from strategies.data_requests import told
 from strategies.directory import QuorumError, client_name, wait_for_nodes
 from strategies.ffmu import FFMU
 from strategies.loop import Measure, run_rounds
 from strategies.methods.interface import Pending
 from strategies.records import Phase, RoundRecord, UnlearningRecord
 from strategies.rounds import PlanRounds
-from strategies.wrapper import Unlearning, told
+from strategies.wrapper import Unlearning
 from unlearning.catalogue import DATA, Target
 from unlearning.errors import RefusedRequestError
 from unlearning.parameters import Parameters

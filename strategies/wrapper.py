@@ -4,34 +4,36 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedXgbBagging, FedXgbCyclic, Result, Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
 from strategies import averaging, messages, rounds
-from strategies.actions import Selection
+from strategies.combination import check_combination, check_needs
+from strategies.data_requests import DataRequests, hopeless, told
 from strategies.detectors.interface import Detector, Finding, limited
 from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
+from strategies.every_update import Holder, needs_every_update
 from strategies.exchange import Reply, match, matched
 from strategies.ffmu import FFMU
 from strategies.forgetting import Forgetting, needs_of
-from strategies.memory import EVERY_UPDATE, LastRound, Memory
+from strategies.memory import LastRound, Memory
 from strategies.messages import ACCURACY
-from strategies.methods.dropping import NothingHeldError, after_dropping, described
+from strategies.methods.dropping import after_dropping
 from strategies.methods.interface import Method, Pending, ServerLab, Situation, Unlearned
 from strategies.rate_limit import RateLimit
 from strategies.records import Phase, RoundRecord, UnlearningRecord
 from strategies.recovery import VALIDATION, Recovery, RecoveryWatch
 from strategies.rewriting import Rewriting
 from strategies.roster import Hysteresis, Roster
-from strategies.rounds import UnansweredError
 from strategies.screen import Screen, Screened
+from strategies.shares import Shares
 from strategies.store import MemoryStore, Store
-from unlearning.catalogue import DATA, METHODS, RECORDED, Need, Target, with_implied
-from unlearning.certificates import ExactCheck
+from unlearning.catalogue import DATA, METHODS, Need, Target
 from unlearning.errors import (
     ImpossibleRequestError,
     NotCertifiedError,
@@ -40,17 +42,13 @@ from unlearning.errors import (
     SecateurError,
 )
 from unlearning.fedup import check_majority
-from unlearning.parameters import Parameters, byte_size, copied, difference
+from unlearning.parameters import Parameters, copied, difference
 from unlearning.plan import Answer, Ask, carry_out
 from unlearning.randomness import derive_seed
 from unlearning.retraining import federated_average
 from unlearning.routing import CERTIFIED, NEED_MAJORITY, Cause, Promise, Request, Route
 
 log = logging.getLogger("flwr")
-costs = logging.getLogger("secateur")
-
-LARGE_ROUND = 2**30
-"""Bytes of updates held at once from which on a warning tells of them."""
 
 
 class Unlearning(Strategy):
@@ -120,7 +118,7 @@ class Unlearning(Strategy):
         seed: int | None = None,
         offers: Collection[Need] = (),
     ) -> None:
-        _check_combination(strategy, screen, detector, method, others)
+        check_combination(strategy, screen, detector, method, others)
         if not 0 <= quorum <= 1:
             raise ValueError(f"quorum must lie in [0, 1], got {quorum}")
         self.strategy = strategy
@@ -137,28 +135,25 @@ class Unlearning(Strategy):
             offers=offers,
         )
         if detector is not None and method is not None:
-            _check_needs(method, self.forgetting)
+            check_needs(method, self.forgetting)
         self.recovery = RecoveryWatch(recovery or Recovery())
         self.store: Store = store if store is not None else MemoryStore()
         self.deadline_s = deadline_s
         self.quorum = quorum
         self.seed = seed
         self.directory = Directory(identify)
+        self.data = DataRequests(self.forgetting, self.directory)
+        self.shares = Shares(self.memory, self.directory)
         self.roster = Roster(hysteresis)
         self.record = RoundRecord(0)
         self.fresh = copy.deepcopy(strategy)
         """The wrapped strategy as it was at first; not to be used, but copied."""
         self._outgoing: list[Message] = []
         self._previous: dict[str, torch.Tensor] = {}
-        self._told_size = 0
+        self._holder = Holder()
         self.clients_accuracy: float | None = None
         self.strategy_since = 0
         """Round after which the wrapped strategy was as at first."""
-        self.forgotten_classes: set[int] = set()
-        """Numbers of classes; measures that recovery is judged by leave them out."""
-        self._asked: dict[str, int] = {}
-        self._certified: dict[str, int] = {}
-        """Client -> rows that went before, certified to change nothing."""
         self.forgettings = 0
         """Unlearnings so far; clients reset their state when it changes."""
 
@@ -174,7 +169,9 @@ class Unlearning(Strategy):
             chosen = self.strategy.configure_train(
                 server_round, arrays, config, self._visible(grid)
             )
-            self._outgoing = self._with_shares(list(chosen))
+            self._outgoing = list(chosen)
+        if Need.BATCH_LOG in self.forgetting.offers:
+            self._outgoing = self.shares.tell(self._outgoing, server_round)
         return self._outgoing
 
     def aggregate_train(
@@ -182,9 +179,10 @@ class Unlearning(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Screen, detect, quarantine, and let the wrapped strategy aggregate what is left."""
         if isinstance(replies, Iterator):  # of a Grid that makes each reply when asked for it
-            if (why := self._needs_every_update()) is None:
+            why = needs_every_update(self.strategy, self.detector, self.forgetting)
+            if why is None:
                 return self._aggregate_mean(server_round, replies)
-            replies = self._all_at_once(replies, why)
+            replies = self._holder.hold(replies, self._previous, why)
         received = match(self._outgoing, replies, self.directory)
         self.record.asked = tuple(reply.client for reply in received)
         if self.screen is None:
@@ -294,6 +292,11 @@ class Unlearning(Strategy):
         return self.forgetting.memory
 
     @property
+    def forgotten_classes(self) -> set[int]:
+        """Return the numbers of classes that were forgotten; recovery is judged without them."""
+        return self.data.forgotten_classes
+
+    @property
     def busy(self) -> bool:
         """Whether clients wait to be forgotten and could be, or recovery goes on."""
         waiting = bool(self.forgetting.pending) and not self.forgetting.stuck
@@ -335,7 +338,9 @@ class Unlearning(Strategy):
         self._check_names(request.clients)
         found = self.route(request)
         if request.target in DATA:
-            self._wait_for_data(request, found.method)
+            self.data.wait(
+                request, found.method, self._active(), self.record.number, self._previous
+            )
             return found
         others = self._others_in_last_round(request.clients)
         self._quarantine(
@@ -358,32 +363,6 @@ class Unlearning(Strategy):
         return self.request(
             Request(Target.CLIENT, tuple(clients), cause, guarantee=promise, method=name)
         )
-
-    def _wait_for_data(self, request: Request, method: str) -> None:
-        holders = request.clients or self._active()
-        selection = (
-            Selection(forget="class", forget_class=request.label)
-            if request.target is Target.CLASS
-            else Selection(forget="samples", forget_tokens=",".join(request.tokens))
-        )
-        self.forgetting.wait(
-            holders,
-            request.cause,
-            self.record.number,
-            self._previous,
-            method,
-            request.most_rounds,
-            selection,
-            request,
-        )
-
-    def _check(self, removed: Mapping[str, int]) -> ExactCheck:
-        assert isinstance(self.strategy, FFMU)  # noqa: S101  whoever asks has looked
-        together = {
-            client: removed.get(client, 0) + self._certified.get(client, 0)
-            for client in removed.keys() | self._certified.keys()
-        }
-        return self.strategy.check({self.directory.node(c): n for c, n in together.items()})
 
     def _active(self) -> tuple[str, ...]:
         return tuple(c for c in self.directory.clients() if self.roster.may_take_part(c))
@@ -471,7 +450,7 @@ class Unlearning(Strategy):
             type(self.strategy) in averaging.PLAIN_MEANS,
             self.forgetting.lab,
             self.seed or 0,
-            self._check if isinstance(self.strategy, FFMU) else None,
+            partial(self.data.check, self.strategy) if isinstance(self.strategy, FFMU) else None,
         )
         causes = ", ".join(sorted({entry.cause for entry in due}))
         record = UnlearningRecord(number, method.name, causes, situation.holders)
@@ -502,22 +481,17 @@ class Unlearning(Strategy):
         self.forgettings += 1
         self.store.drop_journal(plan)
         if name == CERTIFIED:
-            for client, rows in situation.dropped.items():
-                self._certified[client] = self._certified.get(client, 0) + rows
+            self.data.certify(situation.dropped)
         if (
             outcome.exact and outcome.origin is not None
         ):  # what the strategy remembers now is what it would have without them
-            self.strategy, self._certified = carrier.strategy, {}
+            self.strategy, self.data.certified = carrier.strategy, {}
         self.record.unlearning = record
         self.record.phase = Phase.UNLEARN
         record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
         seconds = time.perf_counter() - started
         self._note_unlearned(record, outcome, seconds, situation.forgotten)
-        self.forgotten_classes |= {
-            entry.selection.forget_class
-            for entry in due
-            if entry.selection is not None and entry.selection.forget == "class"
-        }
+        self.data.forgot(due)
         if outcome.origin is not None:
             rewriting.apply(outcome.origin)
         else:  # who trained in the plan alone has a part in the model, too
@@ -536,29 +510,19 @@ class Unlearning(Strategy):
         self.forgetting.refuse(number, record.method, asked=carrier.asks > 0)
         self.forgetting.withdraw(hopeless(due, error))
         if isinstance(error, NotCertifiedError):
-            self._route_again(due)
+            self.data.route_again(
+                due,
+                lambda request: self._route(request, certifies=False),
+                self._active(),
+                number,
+                self._previous,
+            )
         self.forgettings += carrier.asks > 0  # they were told, and must be told anew
         record.refused = str(error)
         record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
         if not known:  # said once where it costs nothing to try again in every round to come
             self.record.unlearning = self.record.unlearning or record
             log.warning("round %d: unlearning refused: %s", number, error)
-
-    def _route_again(self, due: tuple[Pending, ...]) -> None:
-        """Find another method for what turned out not to be certified, unless this one was named.
-
-        Where there is none either, the request is withdrawn; the log says why.
-        """
-        self.forgetting.withdraw(due)
-        for entry in due:
-            if entry.request is None or entry.request.method is not None:
-                continue
-            try:
-                found = self._route(entry.request, certifies=False)
-            except RefusedRequestError as error:
-                log.warning("round %d: %s", self.record.number, error)
-            else:
-                self._wait_for_data(entry.request, found.method)
 
     def fork(self) -> "Unlearning":
         """Return a federation of its own that goes on from here, to be called between rounds.
@@ -599,33 +563,13 @@ class Unlearning(Strategy):
             seed=self.seed,
             every=every,
             number=self.record.number,
-            share=self._share,
+            share=self.shares.of,
         )
 
     # ------------------------------------------------------------ steps of a round
     def _tell_forgettings(self, config: ConfigRecord) -> None:
         if self.forgettings:
             config[messages.FORGETTINGS] = self.forgettings
-
-    def _with_shares(self, outgoing: list[Message]) -> list[Message]:
-        """Tell every client what its last update had in its round's average, if a log needs it."""
-        if Need.BATCH_LOG not in self.forgetting.offers:
-            return outgoing
-        for message in outgoing:
-            client = self.directory.client(message.metadata.dst_node_id)
-            share = self._share(client)
-            if share is not None:
-                told = ConfigRecord({**message.content[messages.CONFIG], messages.SHARE: share})  # type: ignore[dict-item]
-                arrays = message.content[messages.ARRAYS]
-                message.content = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: told})
-            self._asked[client] = self.record.number
-        return outgoing
-
-    def _share(self, client: str) -> float | None:
-        if client not in self._asked:
-            return None
-        number, share = self.memory.shares.get(client, (0, 0.0))
-        return share if number == self._asked[client] else 0.0
 
     def _phase(self) -> Phase:
         return Phase.RECOVER if self.recovery.current else Phase.TRAIN
@@ -644,33 +588,6 @@ class Unlearning(Strategy):
         if found is not None:
             return messages.record_from(found[0]), found[1]
         return self.strategy.aggregate_train(number, _messages(replies))
-
-    def _needs_every_update(self) -> str | None:
-        """Return what looks at every client's update; ``None`` if a mean is enough."""
-        if self.detector is not None:
-            return f"detector {self.detector.name}"
-        if Need.BATCH_LOG in self.forgetting.offers:
-            return str(Need.BATCH_LOG)
-        if every := EVERY_UPDATE & set(self.memory.needs):
-            return f"the {min(every)}"
-        if not averaging.needs_mean_only(self.strategy):
-            return f"strategy {type(self.strategy).__name__}"
-        return None
-
-    def _all_at_once(self, replies: Iterable[Message], why: str) -> list[Message]:
-        kept = list(replies)
-        size = byte_size([self._previous]) * len(kept)
-        if size > self._told_size:
-            self._told_size = size
-            level = logging.WARNING if size > LARGE_ROUND else logging.INFO
-            costs.log(
-                level,
-                "%d clients' updates are held at once, %.1f MB, because %s needs them all",
-                len(kept),
-                size / 1e6,
-                why,
-            )
-        return kept
 
     def _aggregate_mean(
         self, number: int, replies: Iterable[Message]
@@ -804,7 +721,7 @@ class Unlearning(Strategy):
         record.percentiles = dict(outcome.percentiles)
         # What the wrapped strategy remembers (moments, momentum) holds their influence too.
         if not outcome.exact:
-            self.strategy, self._certified = copy.deepcopy(self.fresh), {}
+            self.strategy, self.data.certified = copy.deepcopy(self.fresh), {}
         self.strategy_since = number
         forgotten = frozenset(record.clients)
         self.memory.forget(forgotten)
@@ -828,60 +745,3 @@ class Unlearning(Strategy):
 
 def _messages(replies: Sequence[Reply]) -> list[Message]:
     return [reply.message for reply in replies if reply.message is not None]
-
-
-def _check_combination(
-    strategy: Strategy,
-    screen: Screen | None,
-    detector: Detector | None,
-    method: Method | None,
-    others: Sequence[Method],
-) -> None:
-    if isinstance(strategy, FedXgbBagging | FedXgbCyclic):
-        raise SecateurError(
-            f"{type(strategy).__name__} exchanges trees, not parameters: nothing here can screen "
-            "or prune them; wrap a strategy that averages models"
-        )
-    for part in (detector, method, *others):
-        if part is not None and screen is None:
-            raise SecateurError(
-                f"{part.name} trusts the updates it sees, so replies must be screened; pass "
-                "screen=Screen()"
-            )
-    if detector is not None and method is not None and not METHODS[method.name].safe:
-        raise SecateurError(
-            f"{method.name} trusts what the clients to be forgotten sent, and {detector.name} "
-            "finds malicious ones; choose a method that is safe, such as fedup"
-        )
-
-
-def hopeless(due: Sequence[Pending], error: SecateurError) -> list[Pending]:
-    """Return the requests for data that holders refused, as they may, or that nobody holds.
-
-    Whoever else waits, waits on: clients that leave, and holders of other data.
-    """
-    if isinstance(error, NothingHeldError) or (
-        isinstance(error, UnansweredError) and error.refused
-    ):
-        asked = error.config.items()
-        return [e for e in due if e.selection is not None and e.selection.config().items() <= asked]
-    return []
-
-
-def told(entry: Pending) -> str:
-    """Say what an entry of the waiting list is about."""
-    if entry.selection is None:
-        return ", ".join(entry.clients)
-    return described(entry.selection)
-
-
-def _check_needs(method: Method, forgetting: Forgetting) -> None:
-    """Refuse a detector whose findings could never be acted upon."""
-    at_hand = forgetting.lab.needs() if forgetting.lab is not None else frozenset()
-    recorded = with_implied(forgetting.memory.needs) & RECORDED
-    lacking = METHODS[method.name].needs - recorded - at_hand - forgetting.offers - {Need.RETAINED}
-    if lacking:
-        raise SecateurError(
-            f"{method.name} needs {' and '.join(sorted(lacking))}, which will not be there; set "
-            "server-examples for server data, or choose another method"
-        )
