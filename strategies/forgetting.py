@@ -70,6 +70,7 @@ class Forgetting:
         fewest: int,
         remembers: bool,
         certifies: bool = False,
+        without: Collection[str] = (),
     ) -> Route:
         """Return how a request is served; see ``unlearning.routing.route``.
 
@@ -85,6 +86,8 @@ class Forgetting:
             Whether the wrapped strategy remembers past rounds.
         certifies
             Whether it may certify that a deletion changes nothing.
+        without
+            Methods that turned out not to serve it.
         """
         default = self.method.name if self.method is not None else "fedup"
         last = self.memory.last
@@ -96,7 +99,7 @@ class Forgetting:
             ),
             default="drift" if default == "drift" else "fedup",
             waiting=sum(len(e.clients) for e in self.pending if e.selection is None),
-            methods=frozenset(self.methods),
+            methods=frozenset(self.methods) - frozenset(without),
             fewest=fewest,
             present=frozenset(last.locals_ if last is not None else ()) & frozenset(active),
         )
@@ -117,6 +120,7 @@ class Forgetting:
         most_rounds: int | None = None,
         selection: Selection | None = None,
         request: Request | None = None,
+        passed: frozenset[str] = frozenset(),
     ) -> None:
         """Put clients, or what they hold, on the list, with what their method needs to keep.
 
@@ -128,7 +132,9 @@ class Forgetting:
         chosen = tuple(sorted(clients))
         evidence = self.methods[method].freeze(self.memory, model, chosen)
         self.pending.append(
-            Pending(chosen, cause, number, method, evidence, most_rounds, selection, request)
+            Pending(
+                chosen, cause, number, method, evidence, most_rounds, selection, request, passed
+            )
         )
 
     def due(self, number: int) -> list[tuple[str, tuple[Pending, ...]]]:

@@ -47,7 +47,7 @@ class UnansweredError(RefusedRequestError):
     def __init__(self, ask: Ask, reasons: Mapping[str, str]) -> None:
         told = "; ".join(f"{client}: {reason}" for client, reason in sorted(reasons.items()))
         super().__init__(f"{ask.action} needs an answer of everybody asked: {told}")
-        self.config = ask.config
+        self.action, self.config = ask.action, ask.config
         """What they were asked for."""
         self.refused = sorted(c for c, why in reasons.items() if messages.REFUSED in why)
         """Clients that said that they will not, rather than could not."""
@@ -222,7 +222,9 @@ class PlanRounds:
         self.bytes_sent += size * (len(outgoing) + back)
         silent = [client for client in ask.to if client in self.rejected]
         if ask.everybody and silent:
-            raise UnansweredError(ask, {client: self.rejected[client] for client in silent})
+            lacking = UnansweredError(ask, {client: self.rejected[client] for client in silent})
+            if lacking.refused or not ask.away or not screened.answers:
+                raise lacking
         if plays:
             needed, usable = replies_needed(self._quorum, expected), len(screened.answers)
             if usable < needed:

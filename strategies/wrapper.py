@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from strategies import averaging, messages, rounds
 from strategies.combination import check_combination, check_needs
-from strategies.data_requests import DataRequests, hopeless, told
+from strategies.data_requests import DataRequests, told, with_newcomers
 from strategies.detectors.interface import Detector, Finding, limited
 from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
 from strategies.every_update import Holder, needs_every_update
@@ -36,7 +36,6 @@ from strategies.store import MemoryStore, Store
 from unlearning.catalogue import DATA, METHODS, Need, Target
 from unlearning.errors import (
     ImpossibleRequestError,
-    NotCertifiedError,
     ParametersError,
     RefusedRequestError,
     SecateurError,
@@ -165,6 +164,7 @@ class Unlearning(Strategy):
         self.record = RoundRecord(server_round, phase=self._phase())
         self._previous = messages.parameters_from(arrays)
         self._tell_forgettings(config)
+        self._settle(grid, config)
         with rounds.seeded_sampling(self.seed, server_round):
             chosen = self.strategy.configure_train(
                 server_round, arrays, config, self._visible(grid)
@@ -310,13 +310,13 @@ class Unlearning(Strategy):
         RefusedRequestError
             If it would not be; one of its kinds.
         """
-        certifies = isinstance(self.strategy, FFMU) and self.strategy.uncertifiable is None
-        return self._route(request, certifies=certifies)
+        return self._route(request)
 
-    def _route(self, request: Request, *, certifies: bool) -> Route:
+    def _route(self, request: Request, passed: Collection[str] = ()) -> Route:
         return self.forgetting.route(
             request,
-            certifies=certifies,
+            certifies=isinstance(self.strategy, FFMU) and self.strategy.uncertifiable is None,
+            without=passed,
             number=self.record.number,
             active=self._active(),
             fewest=rounds.fewest_clients(self.strategy),
@@ -365,7 +365,21 @@ class Unlearning(Strategy):
         )
 
     def _active(self) -> tuple[str, ...]:
-        return tuple(c for c in self.directory.clients() if self.roster.may_take_part(c))
+        return tuple(filter(self._may_take_part, self.directory.clients()))
+
+    def _may_take_part(self, client: str) -> bool:
+        return self.roster.may_take_part(client) and client not in self.data.barred
+
+    def _settle(self, grid: Grid, config: ConfigRecord) -> None:
+        """See to it that whoever takes part has dropped what is forgotten."""
+        if not self.forgotten_classes:
+            return
+        there = sorted(self.directory.refresh(grid).values())
+        known = [c for c in self.directory.clients() if self.roster.may_take_part(c)]
+        carrier = self.plan_rounds(grid, config, times=self.forgettings)
+        self.data.settle(known, there, carrier)
+        for client, why in self.data.barred.items():
+            log.warning("round %d: %s takes no part: %s", self.record.number, client, why)
 
     def _others_in_last_round(self, clients: Sequence[str]) -> Parameters:
         """Return the aggregate of everybody else in the last round, as far as it is remembered."""
@@ -441,7 +455,7 @@ class Unlearning(Strategy):
             model,
             self._previous,
             self.memory,
-            due,
+            tuple(with_newcomers(entry, self._active()) for entry in due),
             self.record.participants,
             self._active(),
             carrier.aggregate,
@@ -471,7 +485,7 @@ class Unlearning(Strategy):
                 honest = situation.retained if compared else situation.active
                 check_majority(gone, len(honest) + gone)
             self.forgetting.check_budget(name, due, number, situation.remembers)
-            steps = after_dropping(situation, lambda: method.plan(situation))
+            steps = after_dropping(situation, method.plan)
             outcome = carry_out(steps, ask, self.store.journal(plan))
         except (RefusedRequestError, ParametersError) as error:
             self.store.drop_journal(plan)
@@ -491,7 +505,7 @@ class Unlearning(Strategy):
         record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
         seconds = time.perf_counter() - started
         self._note_unlearned(record, outcome, seconds, situation.forgotten)
-        self.data.forgot(due)
+        self.data.forgot(situation.pending, situation.away)
         if outcome.origin is not None:
             rewriting.apply(outcome.origin)
         else:  # who trained in the plan alone has a part in the model, too
@@ -508,15 +522,7 @@ class Unlearning(Strategy):
         number = record.number
         known = self.forgetting.stuck and not carrier.asks
         self.forgetting.refuse(number, record.method, asked=carrier.asks > 0)
-        self.forgetting.withdraw(hopeless(due, error))
-        if isinstance(error, NotCertifiedError):
-            self.data.route_again(
-                due,
-                lambda request: self._route(request, certifies=False),
-                self._active(),
-                number,
-                self._previous,
-            )
+        self.data.find_others(due, error, self._route, self._active(), number, self._previous)
         self.forgettings += carrier.asks > 0  # they were told, and must be told anew
         record.refused = str(error)
         record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
@@ -546,18 +552,21 @@ class Unlearning(Strategy):
         config: ConfigRecord,
         *,
         every: Callable[[int], bool] = lambda number: False,
+        times: int | None = None,
     ) -> rounds.PlanRounds:
         """Return a carrier for plans, with a copy of the wrapped strategy as it was at first.
 
         Of rounds for which ``every`` says so it hands over each answer, also where a plan is
-        content with their mean.
+        content with their mean. ``times`` is how often clients are told that something was
+        forgotten; one more than before unless given.
         """
+        times = self.forgettings + 1 if times is None else times
         return rounds.PlanRounds(
             copy.deepcopy(self.fresh),
             grid,
             self.directory,
             screen=self.screen or Screen(),
-            train_config=ConfigRecord({**config, messages.FORGETTINGS: self.forgettings + 1}),
+            train_config=ConfigRecord({**config, messages.FORGETTINGS: times}),
             deadline_s=self.deadline_s,
             quorum=self.quorum,
             seed=self.seed,
@@ -575,9 +584,7 @@ class Unlearning(Strategy):
         return Phase.RECOVER if self.recovery.current else Phase.TRAIN
 
     def _visible(self, grid: Grid) -> VisibleGrid:
-        return VisibleGrid(
-            grid, self.directory, self.roster.may_take_part, patience_s=self.deadline_s
-        )
+        return VisibleGrid(grid, self.directory, self._may_take_part, patience_s=self.deadline_s)
 
     def _pass_through(
         self, number: int, replies: Sequence[Reply]

@@ -40,6 +40,9 @@ class Ask:
     everybody: bool = False
     """Whether all are to answer; whoever carries the ask then refuses the request if one does
     not."""
+    away: bool = False
+    """Of ``everybody``: whether those that cannot be heard may be missing, as long as somebody
+    answers. Who will not answer may not."""
     mean: bool = False
     """Whether the answers are wanted for the federation's average only. Whoever carries the ask
     may then hand over one answer for many clients, if that average is a weighted mean."""

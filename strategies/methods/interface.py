@@ -38,6 +38,8 @@ class Pending:
     """Which rows of theirs, where the clients stay; ``None`` where they leave."""
     request: Request | None = None
     """As it was asked for, of a class or samples."""
+    passed: frozenset[str] = frozenset()
+    """Methods that turned out not to serve it."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ class Situation:
     where it was no training of which that can be told."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Client -> rows that it dropped for good, filled as holders answer."""
+    away: set[str] = field(default_factory=set)
+    """Holders of a class that could not be heard, filled likewise."""
 
     @property
     def forgotten(self) -> tuple[str, ...]:

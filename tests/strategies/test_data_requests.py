@@ -1,5 +1,7 @@
 """Requests to forget a class or samples, through the wrapper and a Grid of scripted clients."""
 
+import dataclasses
+
 import pytest
 import torch
 from flwr.app import Message
@@ -58,7 +60,7 @@ class Clients:
             kind = message.metadata.message_type
             if kind in ("evaluate", "query.identity"):
                 continue
-            node = list(self.grid.get_node_ids()).index(message.metadata.dst_node_id)
+            node = list(self.grid.contexts).index(message.metadata.dst_node_id)
             config = dict(message.content.config_records[messages.CONFIG])
             self.told.append((kind, node, config))
         return self._send(sent, timeout=timeout)
@@ -298,13 +300,16 @@ def test_only_what_was_refused_is_withdrawn():
 
 
 @pytest.mark.parametrize("name", ["ascent", "retrain"])
-def test_who_is_away_is_asked_again_later(name):
+@pytest.mark.parametrize("target", [Target.CLASS, Target.SAMPLES])
+def test_whom_nobody_can_do_without_is_asked_again_later(name, target):
+    # Of samples every holder that is named; of a class, anybody.
     clients = Clients()
-    clients.away["query.forget"] = {2}
+    holders = (1, 2) if target is Target.SAMPLES else tuple(range(CLIENTS))
+    clients.away["query.forget"] = {2} if target is Target.SAMPLES else set(holders)
     wrapped = made(MAKE[name]())
     _, models = play(wrapped, clients.grid, 3)
     clients.told.clear()
-    wrapped.request(asked_for(name))
+    wrapped.request(asked_for(name, target=target, holders=holders))
     first, later = play(wrapped, clients.grid, 4, played=3, model=models[-1])
     assert "client-0002: error" in first[0].unlearning.refused
     assert len(wrapped.forgetting.pending) == 1
@@ -313,8 +318,104 @@ def test_who_is_away_is_asked_again_later(name):
     clients.away.clear()
     again, _ = play(wrapped, clients.grid, 6, played=4, model=later[-1])
     assert again[0].unlearning.refused is None
-    assert clients.of("query.forget") == 2 * list(range(CLIENTS))
+    assert clients.of("query.forget") == 2 * list(holders)
+    assert wrapped.forgotten_classes == ({1} if target is Target.CLASS else set())
+
+
+def without(*numbers):
+    return tuple(client(number) for number in range(CLIENTS) if number not in numbers)
+
+
+@pytest.mark.parametrize("name", ["ascent", "retrain", "fisher-mask", "amnesiac", "rcad"])
+def test_who_is_away_when_a_class_is_forgotten_takes_part_again_once_it_has_dropped_it(name):
+    clients = Clients()
+    clients.away["query.forget"] = {2}
+    wrapped, records, models = requested(clients, MAKE[name](), after=2)
+    done = records[0].unlearning
+    assert done.refused is None
+    assert [w for w in done.warnings if w.startswith("away: client-0002")]
     assert wrapped.forgotten_classes == {1}
+    # The method does without it: after the ordinary round 4 nobody asks it for anything but this.
+    asked = [kind for kind, node, config in clients.told if node == 2]
+    assert asked == ["train"] + len(records) * ["query.forget"]
+    assert {record.participants for record in records[1:]} == {without(2)}
+    # Until it answers; then all is as before.
+    clients.away.clear()
+    clients.told.clear()
+    played = records[-1].number
+    again, _ = play(wrapped, clients.grid, played + 2, played=played, model=models[-1])
+    assert clients.of("query.forget") == [2]
+    assert [record.participants for record in again] == [ALL, ALL]
+
+
+def joining(clients, *late):
+    """Hide clients that have not joined yet; they join when this is called again without them."""
+    everybody = list(clients.grid.contexts)
+    clients.grid.get_node_ids = lambda: [
+        node for place, node in enumerate(everybody) if place not in late
+    ]
+
+
+@pytest.mark.parametrize("holders", [(), (0, 1)])
+def test_who_joins_after_a_class_was_forgotten_drops_it_before_it_trains(holders):
+    clients = Clients()
+    joining(clients, 4)
+    wrapped = made(ascending())
+    _, models = play(wrapped, clients.grid, 3)
+    wrapped.request(asked_for("ascent", holders=holders))
+    _, models = play(wrapped, clients.grid, 4, played=3, model=models[-1])
+    clients.told.clear()
+    joining(clients)
+    clients.away["query.forget"] = {4}
+    played = wrapped.record.number
+    records, models = play(wrapped, clients.grid, played + 1, played=played, model=models[-1])
+    if holders:  # of a request that names its holders nobody else is asked
+        assert clients.of("query.forget") == []
+        assert records[0].participants == ALL
+        return
+    assert clients.told[0][:2] == ("query.forget", 4)
+    assert records[0].participants == without(4)
+    clients.away.clear()
+    clients.told.clear()
+    records, _ = play(wrapped, clients.grid, played + 3, played=played + 1, model=models[-1])
+    first = [(kind, node) for kind, node, _ in clients.told]
+    assert first[0] == ("query.forget", 4)
+    assert first.count(("query.forget", 4)) == 1
+    assert all(record.participants == ALL for record in records)
+    # It is told how often was forgotten so far, not of one time more.
+    assert clients.config("query.forget")[0]["forgettings"] == wrapped.forgettings
+
+
+def test_who_joins_between_a_request_for_a_class_and_its_time_is_asked_with_the_others():
+    clients = Clients()
+    joining(clients, 4)
+    wrapped = made(MAKE["retrain"]())
+    _, models = play(wrapped, clients.grid, 3)
+    wrapped.request(asked_for("retrain"))
+    joining(clients)
+    clients.told.clear()
+    records, _ = play(wrapped, clients.grid, 4, played=3, model=models[-1])
+    assert records[0].unlearning.clients == ALL
+    assert clients.of("query.forget") == list(range(CLIENTS))
+
+
+# ---------------------------------------------------------------- another method
+@pytest.mark.parametrize("action", ["query.batches", "train.amnesiac"])
+def test_what_its_method_cannot_serve_goes_to_the_next_and_a_named_one_is_withdrawn(action):
+    for named in (False, True):
+        clients = Clients()
+        clients.refuse[action] = {1}
+        request = asked_for("amnesiac", target=Target.SAMPLES, holders=(1,))
+        request = request if named else dataclasses.replace(request, method=None)
+        wrapped = made(None)
+        _, models = play(wrapped, clients.grid, 3)
+        assert wrapped.request(request).method == "amnesiac"
+        records, _ = play(wrapped, clients.grid, 7, played=3, model=models[-1])
+        first = records[0].unlearning
+        assert (first.method, "client-0001" in first.refused) == ("amnesiac", True)
+        assert wrapped.forgetting.pending == []
+        later = [r.unlearning for r in records[1:] if r.unlearning is not None]
+        assert [(u.method, u.refused) for u in later] == ([] if named else [("fisher-mask", None)])
 
 
 def test_what_nobody_holds_is_withdrawn_and_told():

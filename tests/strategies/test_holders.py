@@ -297,7 +297,7 @@ def dropped(*counts):
     return lambda who, question: Answer(who, None, {"rows": counts[int(who[-1])]}, 1)
 
 
-def go_on():
+def go_on(situation):
     return done(Unlearned(model(2.0)))
 
 
@@ -318,7 +318,9 @@ def test_holders_drop_before_a_method_begins():
     ("selection", "words"), [(CLASS, "holds class 1:"), (TOKENS, "holds 2 samples:")]
 )
 def test_what_nobody_holds_cannot_be_forgotten(selection, words):
-    steps = after_dropping(situation(waiting((0, 1), selection)), lambda: pytest.fail("went on"))
+    steps = after_dropping(
+        situation(waiting((0, 1), selection)), lambda situation: pytest.fail("went on")
+    )
     with pytest.raises(NothingHeldError, match=f"none of 2 clients {words}"):
         run(steps, dropped(0, 0))
 
