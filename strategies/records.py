@@ -42,7 +42,7 @@ class UnlearningRecord:
     rounds_asked: int = 0
     """Times that it asked clients; recovery comes on top."""
     bytes_sent: int = 0
-    """Of models, to clients and back, for these."""
+    """Of models and statistics, to clients and back, for these."""
     warnings: list[str] = field(default_factory=list)
     percentiles: dict[str, float] = field(default_factory=dict)
     """Per client, the share of retained clients with less conflict; low hints at a mistake."""

@@ -179,9 +179,11 @@ class PlanRounds:
         self.asks = 0
         """Asks carried so far."""
         self.bytes_sent = 0
-        """Of models, to clients and back."""
+        """Of models and statistics, to clients and back."""
         self.rejected: dict[str, str] = {}
         """Client -> why its answer to the last ask was not used."""
+        self.unheard: list[str] = []
+        """Whose answers, to asks that are no round, a plan did without; in words."""
 
     def ask(self, ask: Ask) -> list[Answer]:
         """Send one ask and return the usable answers, sorted by client.
@@ -217,14 +219,18 @@ class PlanRounds:
         self.rejected = dict(screened.rejected)
         for client, reason in screened.rejected.items():
             log.warning("%s: answer of %s not used: %s", ask.action, client, reason)
-        size = byte_size([ask.arrays]) if ask.arrays is not None else 0
-        back = len(screened.answers) if schema is not None else 0
-        self.bytes_sent += size * (len(outgoing) + back)
+        for model, count in ((ask.arrays, len(outgoing)), (schema, len(screened.answers))):
+            self.bytes_sent += count * byte_size([model]) if model is not None else 0
         silent = [client for client in ask.to if client in self.rejected]
         if ask.everybody and silent:
             lacking = UnansweredError(ask, {client: self.rejected[client] for client in silent})
             if lacking.refused or not ask.away or not screened.answers:
                 raise lacking
+        elif not plays:
+            self.unheard += [
+                f"unheard: {ask.action} is without {client}: {self.rejected[client]}"
+                for client in silent
+            ]
         if plays:
             needed, usable = replies_needed(self._quorum, expected), len(screened.answers)
             if usable < needed:

@@ -505,6 +505,7 @@ class Unlearning(Strategy):
         record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
         seconds = time.perf_counter() - started
         self._note_unlearned(record, outcome, seconds, situation.forgotten)
+        record.warnings += carrier.unheard
         self.data.forgot(situation.pending, situation.away)
         if outcome.origin is not None:
             rewriting.apply(outcome.origin)

@@ -24,7 +24,7 @@ from tests.conftest import scripted_app
 from tests.strategies.small import MODEL, client, federation, learning, play
 from unlearning.catalogue import METHODS, Need, Target
 from unlearning.errors import BudgetError, RefusedRequestError
-from unlearning.parameters import trained_names
+from unlearning.parameters import byte_size, trained_names
 from unlearning.routing import Request
 
 CLIENTS = 5
@@ -320,6 +320,21 @@ def test_whom_nobody_can_do_without_is_asked_again_later(name, target):
     assert again[0].unlearning.refused is None
     assert clients.of("query.forget") == 2 * list(holders)
     assert wrapped.forgotten_classes == ({1} if target is Target.CLASS else set())
+
+
+def test_whose_statistics_are_not_in_a_mask_is_told():
+    clients = Clients()
+    clients.away["query.statistics"] = {3}
+    _, records, _ = requested(clients, MAKE["fisher-mask"]())
+    done = records[0].unlearning
+    assert done.refused is None
+    (warning,) = [text for text in done.warnings if text.startswith("unheard:")]
+    assert "query.statistics is without client-0003" in warning
+    # The model to five clients, and sums of two sets, of trained tensors alone, back from four.
+    size = byte_size([MODEL])
+    trained = byte_size([{name: MODEL[name] for name in trained_names(MODEL)}])
+    assert done.bytes_sent == 5 * size + 4 * 2 * trained
+    assert "not here" in warning
 
 
 def without(*numbers):
