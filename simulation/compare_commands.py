@@ -57,7 +57,11 @@ def compare(
         int, typer.Option(min=1, help="Rounds to follow every method for, from the request on.")
     ] = 10,
     forget: Annotated[
-        str, typer.Option(help="Partitions to forget, with commas. [default: the attackers]")
+        str,
+        typer.Option(
+            help="Partitions to forget, with commas. [default: what the scenario asks for, or else "
+            "the attackers]"
+        ),
     ] = "",
     set_: Set = None,
     data_dir: DataDir = None,
@@ -70,7 +74,7 @@ def compare(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Let methods forget the same clients in copies of one federation, and compare them.
+    """Let methods forget the same in copies of one federation, and compare them.
 
     Seeds that were finished before are not run again.
     """
@@ -82,13 +86,12 @@ def compare(
         seeds=seeds,
         rounds=rounds,
     )
-    execute(comparisons, named=bool(forget), out=out, force=force, as_json=as_json)
+    execute(comparisons, out=out, force=force, as_json=as_json)
 
 
 def execute(
     comparisons: Sequence["Comparison"],
     *,
-    named: bool,
     out: Path | None,
     force: bool,
     as_json: bool,
@@ -98,7 +101,7 @@ def execute(
     from simulation.compare_report import describe, document  # noqa: PLC0415
     from simulation.engines.inprocess import collect_rarely  # noqa: PLC0415
 
-    described = describe(comparisons[0], named=named)
+    described = describe(comparisons[0])
     folder = out or default_folder(described)
     check_ready(comparisons[0].scenario)
     collect_rarely()
@@ -220,7 +223,8 @@ def _trials(comparison: "Comparison", kept: Kept, progress: "CompareProgress") -
     if finished is not None:
         progress.kept(comparison.seed)
         return finished
-    trials = comparison.play(grid_of(comparison.scenario), progress)
+    with comparison.in_folder() as ready:
+        trials = ready.play(grid_of(ready.scenario), progress)
     kept.save(comparison.seed, trials)
     return trials
 

@@ -15,7 +15,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullLocator
 
 from server.federation import TEST
-from simulation.compare_report import NAMES, Document, baseline_of, forgetting_of
+from simulation.compare_report import (
+    NAMES,
+    Document,
+    accuracy_in,
+    baseline_of,
+    forgetting_of,
+)
 from simulation.comparison import NATURAL, RETRAINED
 from simulation.plots import (
     BLUE,
@@ -31,7 +37,7 @@ from simulation.plots import (
     legend_above,
     style_of,
 )
-from simulation.probes import FORGET
+from simulation.probes import FORGET, RETAINED
 
 Trials = Sequence[Mapping[str, Any]]
 
@@ -164,7 +170,7 @@ def _panel(axes: Axes, document: Document, trials: Trials, natural: Trials) -> N
         if len(trials) > 1:
             axes.fill_between(numbers, lows, highs, color=color, alpha=0.18, linewidth=0)
         axes.plot(numbers, means, color=color, linewidth=1.7, zorder=3)
-        if measure != TEST and natural and trials is not natural:
+        if measure not in (TEST, RETAINED) and natural and trials is not natural:
             left, _, _ = _over_rounds(document, natural, measure)
             axes.plot(range(len(left)), left, color=color, linewidth=1.2, linestyle=":")
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -267,8 +273,9 @@ def _served(document: Document) -> Iterator[tuple[str, Trials]]:
 def _curves_of(document: Document) -> dict[str, str]:
     """Return the measures to follow over the rounds, and their colours."""
     found = {}
-    if any(trial["before"].get(TEST) is not None for trial in document["trials"]):
-        found[TEST] = BLUE
+    accuracy = accuracy_in(document)
+    if any(trial["before"].get(accuracy) is not None for trial in document["trials"]):
+        found[accuracy] = BLUE
     measure = forgetting_of(document)
     if measure is not None:
         found[measure] = PURPLE if measure == FORGET else VERMILLION

@@ -12,14 +12,28 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from server.federation import TEST
-from simulation.compare_report import Column, Document, costs, forgetting_of, remarks, results
+from simulation.compare_report import (
+    Column,
+    Document,
+    accuracy_in,
+    costs,
+    forgetting_of,
+    remarks,
+    results,
+)
 from simulation.comparison import RETRAINED, TRAINING, Comparison, Trial, Watcher
-from simulation.probes import BACKDOOR, FLIP, FORGET
+from simulation.probes import BACKDOOR, FLIP, FORGET, RETAINED
 from simulation.progress import Notes, asking
 from strategies.records import RoundRecord
 from unlearning.plan import Ask
 
-SHORT = {TEST: "accuracy", BACKDOOR: "backdoor", FLIP: "flipped", FORGET: "forget accuracy"}
+SHORT = {
+    TEST: "accuracy",
+    RETAINED: "other classes",
+    BACKDOOR: "backdoor",
+    FLIP: "flipped",
+    FORGET: "forget accuracy",
+}
 
 
 class CompareProgress(Watcher):
@@ -146,7 +160,7 @@ def summary(document: Document, folder: Path) -> None:
 def _main(column: Column, document: Document) -> bool:
     """Say whether a column is among the few that a terminal is wide enough for."""
     return column.key in {
-        f"after_{TEST}",
+        f"after_{accuracy_in(document)}",
         f"after_{forgetting_of(document)}",
         "rounds_asked",
         "recovery_rounds",

@@ -14,13 +14,14 @@ from typing import Any
 from server.federation import TEST
 from simulation.comparison import RETRAINED, Comparison, Trial, as_json, table
 from simulation.page import counted, listed, number_word
-from simulation.probes import BACKDOOR, FLIP, FORGET
+from simulation.probes import BACKDOOR, FLIP, FORGET, RETAINED
 from simulation.report import environment, settings_of
 
 SCHEMA_VERSION = 1
 DASH, PLUS_MINUS, SPACE = "\u2013", "\u00b1", "\u00a0"
 NAMES = {
     TEST: "Test accuracy",
+    RETAINED: "Accuracy on the other classes",
     BACKDOOR: "Backdoor success",
     FLIP: "Label-flip success",
     FORGET: "Forget accuracy",
@@ -43,11 +44,8 @@ Document = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 
-def describe(comparison: Comparison, *, named: bool) -> dict[str, Any]:
-    """Return what all seeds of a comparison have in common; equal values, equal experiments.
-
-    ``named`` says whether those to be forgotten were named, and are not each seed's attackers.
-    """
+def describe(comparison: Comparison) -> dict[str, Any]:
+    """Return what all seeds of a comparison have in common; equal values, equal experiments."""
     scenario = comparison.scenario
     told = settings_of(scenario)
     return {
@@ -57,9 +55,15 @@ def describe(comparison: Comparison, *, named: bool) -> dict[str, Any]:
         "summary": scenario.summary,
         "methods": list(comparison.methods),
         "rounds_followed": comparison.rounds,
-        "forget": list(comparison.partitions) if named else "attackers",
+        "forget": _to_forget(comparison),
         "settings": {key: value for key, value in told.items() if key not in PER_SEED},
     }
+
+
+def _to_forget(comparison: Comparison) -> list[int] | str:
+    if comparison.asked is not None:
+        return comparison.forgotten[0]
+    return list(comparison.partitions) if comparison.named else "attackers"
 
 
 def document(
@@ -82,6 +86,11 @@ def document(
 def attack_of(document: Document) -> str | None:
     """Return the measure of the attack, if one was taken."""
     return next((name for name in (BACKDOOR, FLIP) if _measured(document, name)), None)
+
+
+def accuracy_in(document: Document) -> str:
+    """Return the measure of accuracy: where a class goes, that of the others."""
+    return RETAINED if _measured(document, RETAINED) else TEST
 
 
 def forgetting_of(document: Document) -> str | None:
@@ -141,7 +150,7 @@ def results(document: Document) -> list[Column]:
         "after": "after recovery",
         "end": f"after {counted(document['rounds_followed'], 'round', spell=False)}",
     }
-    full = [TEST, *filter(None, [forgetting_of(document)])]
+    full = [accuracy_in(document), *filter(None, [forgetting_of(document)])]
     columns = [
         Column(f"{moment}_{measure}", NAMES[measure], when, _percent, "%")
         for measure in full
@@ -226,16 +235,25 @@ def _whom(document: Document) -> str:
     alike = len({tuple(clients) for clients in forgotten.values()}) == 1
     clients = next(iter(forgotten.values()))
     if document["forget"] != "attackers":
-        return f"{listed(clients)} {'was' if len(clients) == 1 else 'were'}"
+        return f"{listed(clients)} {'was' if _them(document) == 'it' else 'were'}"
     told = [f"seed {seed}: {listed(clients)}" for seed, clients in forgotten.items()]
     if len(told) > MOST_SEEDS:
         told[MOST_SEEDS:] = [f"and so on for {counted(len(told) - MOST_SEEDS, 'more seed')}"]
     return f"the attackers ({listed(clients) if alike else '; '.join(told)}) were"
 
 
+def _them(document: Document) -> str:
+    """Return the pronoun of what is to be forgotten: one client or class, or several of them."""
+    forget = document["forget"]
+    clients = next(iter(document["forgotten"].values()))
+    one = len(clients) == 1 and not clients[0].partition(" ")[2].startswith("samples")
+    return "it" if forget != "attackers" and one else "them"
+
+
 def _before(document: Document) -> Iterator[str]:
     row = baseline_of(document)
-    names = {name: f"before_{name}" for name in (TEST, attack_of(document), FORGET) if name}
+    taken = (accuracy_in(document), attack_of(document), FORGET)
+    names = {name: f"before_{name}" for name in taken if name}
     told = [
         f"{NAMES[name].lower()} was {_percent(row[key], row[f'{key}_sd'])}{SPACE}%"
         for name, key in names.items()
@@ -249,13 +267,15 @@ def _retraining(document: Document) -> str:
     row, tolerance = baseline_of(document), document["settings"]["recovery-tolerance"]
     own = [trial for trial in document["trials"] if trial["method"] == RETRAINED]
     never = sum(trial["rounds_needed"] is None for trial in own)
-    what = f"within {100 * tolerance:g} points of the test accuracy before"
+    accuracy = NAMES[accuracy_in(document)].lower()
+    what = f"within {100 * tolerance:g} points of the {accuracy} before"
     if never == len(own):
         return f"Retraining never came {what}, so nothing is said of how much faster a method is."
+    rounds = number(row["rounds_needed"], row["rounds_needed_sd"])
     text = (
-        f"Retraining without them needed {number(row['rounds_needed'], row['rounds_needed_sd'])} "
-        f"of its {document['settings']['rounds']} rounds to come {what}: that is what methods are "
-        "called faster or slower than."
+        f"Retraining without {_them(document)} needed {rounds} of its "
+        f"{document['settings']['rounds']} rounds to come {what}: that is what methods are called "
+        "faster or slower than."
     )
     if never:
         text += f" With {counted(never, 'seed')} it never did; these are left out there."

@@ -1,50 +1,62 @@
-"""Methods side by side: each forgets the same clients in the same federation, from the same model.
+"""Methods side by side: each forgets the same in the same federation, from the same model.
 
-The federation is trained once per seed, attackers and all, and nobody looks for them. Then the
-clients to be forgotten are named, every method in turn starts from a copy of everything the server
-has, and the same rounds follow with the same random streams. Retraining, natural forgetting and
-random pruning always take part: the gold baseline and two null hypotheses.
+The federation is trained once per seed, attackers and all, and nobody looks for them. Then it is
+told whom, or which data, to forget; every method in turn starts from a copy of everything the
+server has, and of what clients keep, and the same rounds follow with the same random streams.
+Retraining, natural forgetting and a random choice of weights to zero always take part: the gold
+baseline and two null hypotheses.
 
 Costs are those of forgetting alone. Measuring takes no part in the seconds; the ordinary round at
 whose end the clients are forgotten takes place in any case and is in no sum.
 """
 
+import contextlib
+import copy
 import hashlib
+import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from flwr.serverapp import Grid
 from safetensors.torch import save
 
+from client.keeping import keeping_at
 from client.task.evaluation import state_of
-from client.task.protocol import load_task
+from client.task.protocol import Task, load_task
 from server.federation import TEST, build_federation, initial_model
 from simulation.attacks.client import load_poisoned
-from simulation.experiment import attackers, check_trained, train_without
-from simulation.probes import BACKDOOR, FLIP, FORGET, build_probes
+from simulation.experiment import attackers, check_trained, train_without, with_folder
+from simulation.probes import BACKDOOR, FLIP, FORGET, RETAINED, Probes, build_probes
+from simulation.requests import Asked, request_of, rows_of
 from simulation.scenario import Scenario, ScenarioError
+from strategies.data_requests import selection_of
 from strategies.directory import client_name, wait_for_nodes
 from strategies.loop import Measure, run_rounds
+from strategies.methods.dropping import asked_to_drop
 from strategies.records import Phase, RoundRecord, UnlearningRecord
 from strategies.wrapper import Unlearning
-from unlearning.catalogue import METHODS, Target
+from unlearning.catalogue import DATA, METHODS, Need, Target
 from unlearning.errors import RefusedRequestError
 from unlearning.parameters import Parameters, byte_size
 from unlearning.plan import Ask
 from unlearning.recovery import rounds_to_reach
-from unlearning.routing import Cause, Request
+from unlearning.routing import Cause, Promise, Request
 
 NATURAL, RANDOM, RETRAINED = "natural", "random", "retrain"
+RANDOM_MASK = "random-mask"
+"""In the place of ``random`` where clients stay: there are no leavers whose weights to compare."""
 TRAINING = "training"
 """What is going on before anybody is forgotten."""
 OWN_EXAMPLES = 100
 """Examples that the server sets aside where the scenario gives it none. It does so whether or not a
 method needs them, so that the same federation is trained whichever methods are compared."""
-WATCHED = (TEST, FORGET, BACKDOOR, FLIP)
+WATCHED = (TEST, RETAINED, FORGET, BACKDOOR, FLIP)
 MOMENTS = ("before", "unlearned", "after", "end")
 COSTS = (
     "recovery_rounds",
@@ -138,8 +150,13 @@ class Watcher:
         """Take note of a method's result."""
 
 
-def compared(methods: Sequence[str]) -> tuple[str, ...]:
+def compared(methods: Sequence[str], *, data: bool = False) -> tuple[str, ...]:
     """Return methods in the order of the table: as asked for, then what always takes part.
+
+    Parameters
+    ----------
+    data
+        Whether a class or samples are to be forgotten, and no clients.
 
     Raises
     ------
@@ -151,21 +168,25 @@ def compared(methods: Sequence[str]) -> tuple[str, ...]:
     for name in methods:
         if name not in METHODS:
             raise ScenarioError(f"there is no method {name!r}; choose among {', '.join(METHODS)}")
-    chosen = dict.fromkeys(name for name in (*methods, NATURAL, RANDOM) if name != RETRAINED)
+    chance = RANDOM_MASK if data else RANDOM
+    chosen = dict.fromkeys(name for name in (*methods, NATURAL, chance) if name != RETRAINED)
     return (*chosen, RETRAINED)
 
 
 def prepared(scenario: Scenario, methods: Sequence[str], seed: int) -> Scenario:
     """Return a scenario set up for a comparison: nobody detects, all that is needed is recorded."""
-    settings = scenario.settings.model_copy(
+    own = scenario.settings
+    logged = any(Need.BATCH_LOG in METHODS[name].needs for name in methods)
+    settings = own.model_copy(
         update={
+            "batch_log": "random" if logged and own.batch_log == "off" else own.batch_log,
             "seed": seed,
             "identity": "partition",
             "detector": "none",
             "method": "none",
             "ready_methods": ",".join(methods),
             "rate_limit": 1,
-            "server_examples": scenario.settings.server_examples or OWN_EXAMPLES,
+            "server_examples": own.server_examples or OWN_EXAMPLES,
             "memory_dir": "",  # copies of the federation would write to the same folder
         }
     )
@@ -184,7 +205,8 @@ class Comparison:
     seed
         The scenario's by default.
     clients
-        Partitions to forget; the scenario's attackers by default.
+        Partitions to forget; by default what the scenario asks to be forgotten, and where it asks
+        for nothing its attackers.
     rounds
         Rounds that every method is followed for from the request on, at least 1.
 
@@ -204,17 +226,50 @@ class Comparison:
         clients: Sequence[int] = (),
         rounds: int = 10,
     ) -> None:
-        self.methods = compared(methods)
+        asked = None if clients else _asked(scenario)
+        self.asked = asked if asked is not None and asked.target in DATA else None
+        """Class or samples to forget; ``None`` where clients are."""
+        self.methods = compared(methods, data=self.asked is not None)
         self.seed = scenario.settings.seed if seed is None else seed
         self.scenario = prepared(scenario, self.methods, self.seed)
-        self.partitions = tuple(sorted(set(clients))) or attackers(self.scenario)
+        named = asked.clients if asked is not None and self.asked is None else clients
+        self.partitions = tuple(sorted(set(named)))
+        self.named = bool(self.partitions) or self.asked is not None
+        """Whether it was said what to forget, and it is not the attackers of every seed."""
+        if not self.named:
+            self.partitions = attackers(self.scenario)
         self.rounds = rounds
+        self._rows: tuple[int, ...] = ()
+        self._disks = _Disks(None)
         self._check()
 
     @property
-    def forgotten(self) -> tuple[str, ...]:
-        """Return the clients to be forgotten, sorted."""
+    def clients(self) -> tuple[str, ...]:
+        """Return the clients to be forgotten, sorted; none where data are."""
         return tuple(client_name(partition) for partition in self.partitions)
+
+    @property
+    def forgotten(self) -> tuple[str, ...]:
+        """Return what is to be forgotten, in words: the clients, sorted, or which data."""
+        if self.asked is None:
+            return self.clients
+        if self.asked.target is Target.CLASS:
+            return (f"class {self.asked.label}",)
+        count = self.asked.samples or len(set(self.asked.rows))
+        return (f"{count} samples of {client_name(self.asked.holder)}",)
+
+    @contextlib.contextmanager
+    def in_folder(self) -> Iterator[Self]:
+        """Yield the comparison with a folder for what its clients keep, where they keep anything.
+
+        To be entered before its Grid is made.
+        """
+        with with_folder(self.scenario) as scenario:
+            ready = copy.copy(self)
+            ready.scenario = scenario
+            folder = scenario.settings.client_dir
+            with _Disks(Path(folder) if folder else None) as ready._disks:
+                yield ready
 
     def play(self, grid: Grid, watcher: Watcher | None = None) -> list[Trial]:
         """Train, let every method forget, and return their trials in the order of the table."""
@@ -237,12 +292,10 @@ class Comparison:
             scenario.clients.total,
             model,
             settings.device,
-            forgotten=self.partitions,
+            **self._forget_set(task),
         )
         federation = build_federation(settings, model, task)
-        trained = self._train(
-            federation, grid, _Stopwatch(probes.measure), start, watcher or Watcher()
-        )
+        trained = self._train(federation, grid, probes, start, watcher or Watcher(), task)
         baseline, seconds = self._retrain(trained, start)
         trials = []
         for name in self.methods[:-1]:
@@ -252,9 +305,23 @@ class Comparison:
             trained.watcher.end(trial)
         return [*trials, baseline]
 
+    def _forget_set(self, task: Task) -> dict[str, Any]:
+        """Return what ``build_probes`` is to know of what is to be forgotten."""
+        if self.asked is None:
+            return {"forgotten": self.partitions}
+        if self.asked.target is Target.CLASS:
+            return {"forgotten": (), "classes": {self.asked.label}}
+        total, seed = self.scenario.clients.total, self.scenario.settings.seed
+        self._rows = rows_of(self.asked, 0, task, total, seed)
+        return {"forgotten": (), "samples": {self.asked.holder: self._rows}}
+
     def _check(self) -> None:
         scenario, count = self.scenario, len(self.partitions)
         total, fewest = scenario.clients.total, scenario.settings.min_clients
+        if self.rounds < 1:
+            raise ScenarioError(f"--rounds {self.rounds}: follow methods for 1 round at least")
+        if self.asked is not None:
+            return
         if not count:
             raise ScenarioError(
                 f"scenario {scenario.name} has no attackers, so nobody is to be forgotten; name "
@@ -268,18 +335,17 @@ class Comparison:
                 f"--forget {named}: {total - count} of {total} clients would be left, and a round "
                 f"needs {fewest} (min-clients); forget fewer"
             )
-        if self.rounds < 1:
-            raise ScenarioError(f"--rounds {self.rounds}: follow methods for 1 round at least")
 
     def _train(
         self,
         federation: Unlearning,
         grid: Grid,
-        measure: "_Stopwatch",
+        probes: Probes,
         start: Parameters,
         watcher: Watcher,
+        task: Task,
     ) -> "_Trained":
-        settings = self.scenario.settings
+        settings, measure = self.scenario.settings, _Stopwatch(probes.measure)
         records: list[RoundRecord] = []
 
         def note(record: RoundRecord, parameters: Parameters) -> None:
@@ -298,11 +364,18 @@ class Comparison:
             on_round=note,
         )
         check_trained(records)
-        return _Trained(federation, grid, measure, model, _watched(records[-1]), watcher)
+        request = None
+        if self.asked is not None:
+            options, total = settings.task_options(), self.scenario.clients.total
+            request = request_of(self.asked, self._rows, task, options, total)
+        self._disks.keep()
+        return _Trained(
+            federation, grid, probes, measure, model, _watched(records[-1]), watcher, request
+        )
 
     def _forget(self, name: str, trained: "_Trained") -> Trial:
         settings, played = self.scenario.settings, self.scenario.settings.rounds
-        request = self._request(name)
+        request = self._request(name, trained.request)
         trial = Trial(
             name,
             self.seed,
@@ -312,7 +385,14 @@ class Comparison:
             trained.measures,
         )
         trained.watcher.begin(self.seed, name, self.rounds)
+        self._disks.restore()
         fork = trained.federation.fork()
+        # Of the copy, since what it has forgotten recovery is not judged by.
+        measure = _Stopwatch(
+            lambda number, model: trained.probes.measure(
+                number, model, without=fork.forgotten_classes
+            )
+        )
         held = fork.memory.bytes_held(METHODS[name].needs)
         try:
             fork.request(request)
@@ -325,7 +405,7 @@ class Comparison:
         def note(record: RoundRecord, parameters: Parameters) -> None:
             del parameters
             records.append(record)
-            seconds.append(record.seconds - trained.measure.seconds)
+            seconds.append(record.seconds - measure.seconds)
             trained.watcher.round(record)
 
         run_rounds(
@@ -335,7 +415,7 @@ class Comparison:
             rounds=played + self.rounds,
             played=played,
             train_config=settings.to_record(),
-            measure=trained.measure,
+            measure=measure,
             on_round=note,
             on_ask=trained.watcher.ask,
         )
@@ -351,14 +431,17 @@ class Comparison:
         trial.bytes_sent = done.bytes_sent + models * byte_size([trained.model])
         return trial
 
-    def _request(self, name: str) -> Request:
+    def _request(self, name: str, data: Request | None) -> Request:
+        if data is not None:
+            promise: Promise = "exact" if METHODS[name].guarantee == "exact" else "approximate"
+            return replace(data, method=name, guarantee=promise, most_rounds=None)
         # A method that trusts those it forgets is asked as if they only left: the point is to see.
         attacked = set(self.partitions) <= set(attackers(self.scenario))
         cause: Cause = "malicious" if attacked and METHODS[name].safe else "privacy"
         exact = METHODS[name].guarantee == "exact"
         return Request(
             Target.CLIENT,
-            self.forgotten,
+            self.clients,
             cause,
             guarantee="exact" if exact else "approximate",
             method=name,
@@ -370,8 +453,12 @@ class Comparison:
         Of all rounds, where the accuracy before was never reached.
         """
         settings, federation = self.scenario.settings, trained.federation
-        clients = [c for c in federation.directory.clients() if c not in self.forgotten]
+        clients = [c for c in federation.directory.clients() if c not in self.clients]
+        self._disks.restore()
         carrier = federation.fork().plan_rounds(trained.grid, settings.to_record())
+        if trained.request is not None:
+            holders = trained.request.clients or tuple(clients)
+            carrier.ask(asked_to_drop(selection_of(trained.request), holders))
         records: list[RoundRecord] = []
         seconds: list[float] = []
 
@@ -385,12 +472,12 @@ class Comparison:
             carrier, trained.measure, start, clients, first=1, rounds=settings.rounds, on_round=note
         )
         curve: list[Measures] = [_watched(record) for record in records]
-        needed = _needed(curve, trained.measures[TEST], settings.recovery_tolerance)
+        needed = _needed(curve, trained.measures, settings.recovery_tolerance)
         trial = Trial(
             RETRAINED,
             self.seed,
             METHODS[RETRAINED].guarantee,
-            self._request(RETRAINED).cause,
+            self._request(RETRAINED, trained.request).cause,
             fingerprint(start),
             trained.measures,
             unlearned=curve[-1],
@@ -414,10 +501,48 @@ class _Trained:
 
     federation: Unlearning
     grid: Grid
+    probes: Probes
     measure: "_Stopwatch"
     model: Parameters
     measures: Measures
     watcher: Watcher
+    request: Request | None
+    """For a class or samples; ``None`` where clients are to be forgotten."""
+
+
+class _Disks(contextlib.AbstractContextManager["_Disks"]):
+    """What clients keep on their disks, put back before every method: none finds another's traces.
+
+    Parameters
+    ----------
+    folder
+        Theirs; ``None`` where they keep nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._kept: tempfile.TemporaryDirectory[str] | None = None
+
+    def keep(self) -> None:
+        """Take note of what is there now."""
+        if self._folder is not None and self._folder.exists():
+            self._kept = tempfile.TemporaryDirectory(prefix="secateur-kept-")
+            shutil.copytree(self._folder, self._kept.name, dirs_exist_ok=True)
+
+    def restore(self) -> None:
+        """Put it back."""
+        if self._folder is None or self._kept is None:
+            return
+        for part in self._folder.iterdir():
+            shutil.rmtree(part)
+        shutil.copytree(self._kept.name, self._folder, dirs_exist_ok=True)
+        keeping_at.cache_clear()  # what a client knows of its folder is of another course
+
+    def __exit__(self, *raised: object) -> None:
+        """Leave what was there after training."""
+        self.restore()
+        if self._kept is not None:
+            self._kept.cleanup()
 
 
 class _Stopwatch:
@@ -494,11 +619,27 @@ def _fill(
     trial.settings, trial.warnings = dict(done.settings), tuple(done.warnings)
 
 
-def _needed(curve: Sequence[Measures], before: float | None, tolerance: float) -> int | None:
-    """Return R*: the first round, from 1, whose test accuracy is within the tolerance of before."""
-    if before is None:
+def _needed(curve: Sequence[Measures], before: Measures, tolerance: float) -> int | None:
+    """Return R*: the first round, from 1, whose test accuracy is within the tolerance of before.
+
+    Of the classes that stay, where one goes: no training without it comes back to all of them.
+    """
+    measure = TEST if before[RETAINED] is None else RETAINED
+    wanted = before[measure]
+    if wanted is None:
         return None
-    return rounds_to_reach([measures[TEST] or 0.0 for measures in curve], before - tolerance)
+    return rounds_to_reach([measures[measure] or 0.0 for measures in curve], wanted - tolerance)
+
+
+def _asked(scenario: Scenario) -> Asked | None:
+    """Return the one request of a scenario, if there is any."""
+    if len(scenario.requests) > 1:
+        raise ScenarioError(
+            f"scenario {scenario.name} asks for {len(scenario.requests)} things to be forgotten, "
+            "and a comparison is of one: leave one [[requests]] table, or name partitions with "
+            "--forget"
+        )
+    return scenario.requests[0] if scenario.requests else None
 
 
 def _compare(trial: Trial, needed: int | None, seconds: float) -> None:

@@ -70,11 +70,6 @@ class DataRequests:
         passed: frozenset[str] = frozenset(),
     ) -> None:
         """Put a request on the waiting list; of ``active`` clients all where it names none."""
-        selection = (
-            Selection(forget="class", forget_class=request.label)
-            if request.target is Target.CLASS
-            else Selection(forget="samples", forget_tokens=",".join(request.tokens))
-        )
         self._forgetting.wait(
             request.clients or active,
             request.cause,
@@ -82,7 +77,7 @@ class DataRequests:
             model,
             method,
             request.most_rounds,
-            selection,
+            selection_of(request),
             request,
             passed,
         )
@@ -165,6 +160,13 @@ class DataRequests:
                 log.warning("round %d: %s", number, none_left)
             else:
                 self.wait(request, found.method, active, number, model, passed)
+
+
+def selection_of(request: Request) -> Selection:
+    """Return which rows a request for a class or samples means."""
+    if request.target is Target.CLASS:
+        return Selection(forget="class", forget_class=request.label)
+    return Selection(forget="samples", forget_tokens=",".join(request.tokens))
 
 
 def everywhere(entry: Pending) -> bool:
