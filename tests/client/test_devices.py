@@ -1,0 +1,77 @@
+"""Every client action computed on a GPU, beside the CPU.
+
+What a step sends may differ by ``CLOSE`` of what it changed: sums in another order, through some
+dozens of steps. Where a number decides by its sign or its place, a difference in the last bit can
+turn it over, and steps that do so may differ by more (``DECIDING``).
+"""
+
+import pytest
+import torch
+
+from simulation.engines.inprocess import InProcessGrid
+from tests.client.every_action import CASES, CLIENTS, Asked, lacking, parts
+
+CLOSE = 1e-3
+DECIDING = {
+    "rcad": 5e-2,  # the direction of a row's gradient, however short it is
+    "macforget": 5e-2,  # which entries are the largest
+    "ffmu-n": 5e-2,  # the sign of a gradient's entry, however small it is
+}
+
+
+def replies(folder, device="cpu", *, kernels=True):
+    """Return the model that everybody was sent, and what was answered."""
+    made = Asked(folder, device)
+    with torch.backends.mkldnn.flags(enabled=kernels, allow_tf32=None):
+        return made.model, made.all_replies(InProcessGrid(made.app, CLIENTS))
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(tmp_path_factory):
+    return replies(tmp_path_factory.mktemp("cpu"))
+
+
+@pytest.fixture(scope="module")
+def on_the_gpu(tmp_path_factory):
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # it has no more than ten bits
+    yield replies(tmp_path_factory.mktemp("gpu"), "cuda")
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def in_another_order(tmp_path_factory):
+    """The CPU's other kernels: what rounding alone does, where there is no GPU as well."""
+    return replies(tmp_path_factory.mktemp("other"), kernels=False)
+
+
+def assert_close(case, one, other):
+    """Check what all clients answered to one case."""
+    start, answers = one
+    for client in range(CLIENTS):
+        (tensors, metrics), (found, told) = (
+            parts(replies[case, client]) for replies in (answers, other[1])
+        )
+        assert told == pytest.approx(metrics, rel=CLOSE, abs=1e-6)
+        assert tensors.keys() == found.keys()
+        for name, tensor in tensors.items():
+            assert found[name].device.type == "cpu"
+            assert found[name].dtype == tensor.dtype
+            changed = tensor - start[name] if name in start else tensor
+            away = float((found[name] - tensor).double().norm())
+            assert away <= DECIDING.get(case, CLOSE) * float(changed.double().norm()) + 1e-6, name
+
+
+def test_no_action_is_left_out():
+    assert not lacking()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_answers_as_the_cpu_does(case, on_the_cpu, on_the_gpu):
+    assert_close(case, on_the_cpu, on_the_gpu)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rounding_alone_stays_within_the_tolerance(case, on_the_cpu, in_another_order):
+    assert_close(case, on_the_cpu, in_another_order)
