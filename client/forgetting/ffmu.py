@@ -14,11 +14,11 @@ from torch.func import functional_call
 
 from client.forgetting.interface import Rows
 from client.scratch import Scratch, scratch_for
+from client.task.device import exact_device
 from client.task.evaluation import batches, gather
 from client.train import Job, order_seed, seed_dropout
 from strategies.actions import CANCELLED, LARGEST, SAMPLES, Ffmu
 from unlearning import ffmu
-from unlearning.distillation import Forward
 from unlearning.errors import MissingNeedError
 from unlearning.gradients import gradient
 from unlearning.margins import bounded_gradient
@@ -53,7 +53,7 @@ def do(job: Job, start: Parameters, asked: Ffmu) -> tuple[Parameters, dict[str, 
         raise MissingNeedError("a client without rows has no gradient to send; leave it out")
     scratch = scratch_for(job.task, job.device)
     scratch.load(start)
-    origin = {name: tensor.to(job.device) for name, tensor in start.items()}
+    origin = {name: tensor.to(exact_device(job.device)) for name, tensor in start.items()}
     made, metrics = (_full if asked.local == "full" else _path)(job, scratch, origin, asked)
     sent = scratch.state() | {name: made[name].cpu() for name in trained_names(start)}
     return job.sent(start, sent), metrics
@@ -64,7 +64,8 @@ def _path(
 ) -> tuple[Parameters, dict[str, float]]:
     """Return what is sent after local training over batches."""
     settings, epochs = job.settings, range(job.settings.local_epochs)
-    function = _Function(scratch.model.train())
+    function = _Function(scratch.model.train(), job.device)
+    home = exact_device(job.device)
     losses: list[tuple[float, int]] = []
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def _path(
             losses.clear()
             order = torch.Generator().manual_seed(order_seed(settings, job.purpose, epoch))
             for inputs, targets in batches(job.examples, settings.batch_size, order):
-                yield inputs.to(job.device), targets.to(job.device)
+                yield inputs.to(home), targets.to(home)
 
     def gradient_of(model: Parameters, batch: Rows) -> dict[str, Tensor]:
         return function.whole(gradient(model, function.forward, loss, *batch))
@@ -100,8 +101,8 @@ def _full(
     job: Job, scratch: Scratch, origin: Parameters, asked: Ffmu
 ) -> tuple[Parameters, dict[str, float]]:
     """Return the gradient of all rows at ``origin``; nothing is drawn, statistics stay."""
-    function = _Function(scratch.model.eval())
-    inputs, targets = (part.to(job.device) for part in gather(job.examples))
+    function = _Function(scratch.model.eval(), job.device)
+    inputs, targets = (part.to(exact_device(job.device)) for part in gather(job.examples))
     found = bounded_gradient(
         origin, function.forward, job.task.loss, inputs, targets, clip=asked.clip or math.inf
     )
@@ -112,10 +113,13 @@ def _full(
 
 
 class _Function:
-    """A network as a function of its trained tensors; buffers are the network's own."""
+    """A network as a function of its trained tensors; buffers are the network's own.
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
+    Tensors come and go where gradients can be added and quantised in float64.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self._network, self._device = network, device
         first: dict[int, str] = {}
         self._twins: dict[str, str] = {}
         """Further names of a tensor that layers share -> its first name."""
@@ -126,12 +130,11 @@ class _Function:
                     self._twins[name] = known
         self._names = tuple(first.values())
 
-    @property
-    def forward(self) -> Forward:
-        """Return the network as a function of parameters and inputs."""
-        return lambda model, inputs: functional_call(
-            self._network, {name: model[name] for name in self._names}, (inputs,)
-        )
+    def forward(self, model: Parameters, inputs: Tensor) -> Tensor:
+        """Return the network's outputs for parameters and inputs."""
+        here = {name: model[name].to(self._device) for name in self._names}
+        outputs: Tensor = functional_call(self._network, here, (inputs.to(self._device),))
+        return outputs.to(exact_device(self._device))
 
     def whole(self, gradients: Parameters) -> dict[str, Tensor]:
         """Return gradients that say the same under every name of a shared tensor."""

@@ -61,8 +61,7 @@ def structure_of(network: nn.Module, sample: Tensor) -> Structure:
     TaskError
         If the network cannot be run on it.
     """
-    with _evaluating(network), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _evaluating(network):
         calls = _calls(network, sample[:1])
         order = list(dict.fromkeys(name for name, *_ in calls))
         once = {name for name in order if sum(call[0] == name for call in calls) == 1}
@@ -185,9 +184,12 @@ def _readers(
     variables: dict[str, Tensor] = {}
     taken: dict[str, list[Tensor]] = {name: [] for name in layers}
 
+    draw = torch.Generator().manual_seed(0)
+
     def variable(like: Tensor) -> Tensor:
         # Positive: gradients are to pass every rectifier.
-        return (torch.rand_like(like) + 0.5).requires_grad_()
+        drawn = torch.rand(like.shape, generator=draw, dtype=like.dtype)
+        return (drawn + 0.5).to(like.device).requires_grad_()
 
     def replace(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -1,15 +1,19 @@
-"""Every client action computed on a GPU, beside the CPU.
+"""Every client action computed on a GPU, or what stands in for one, beside the CPU.
 
 What a step sends may differ by ``CLOSE`` of what it changed: sums in another order, through some
 dozens of steps. Where a number decides by its sign or its place, a difference in the last bit can
 turn it over, and steps that do so may differ by more (``DECIDING``).
 """
 
+import contextlib
+
 import pytest
 import torch
 
+from client.task import device
 from simulation.engines.inprocess import InProcessGrid
-from tests.client.every_action import CASES, CLIENTS, Asked, lacking, parts
+from tests.client import standin
+from tests.client.every_action import CASES, CLIENTS, Asked, assert_same, lacking, parts
 
 CLOSE = 1e-3
 DECIDING = {
@@ -19,10 +23,10 @@ DECIDING = {
 }
 
 
-def replies(folder, device="cpu", *, kernels=True):
-    """Return the model that everybody was sent, and what was answered."""
+def replies(folder, device="cpu", around=None):
+    """Return the model that everybody was sent, and what was answered in a context."""
     made = Asked(folder, device)
-    with torch.backends.mkldnn.flags(enabled=kernels, allow_tf32=None):
+    with around or contextlib.nullcontext():
         return made.model, made.all_replies(InProcessGrid(made.app, CLIENTS))
 
 
@@ -42,7 +46,8 @@ def on_the_gpu(tmp_path_factory):
 @pytest.fixture(scope="module")
 def in_another_order(tmp_path_factory):
     """The CPU's other kernels: what rounding alone does, where there is no GPU as well."""
-    return replies(tmp_path_factory.mktemp("other"), kernels=False)
+    plain = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
+    return replies(tmp_path_factory.mktemp("other"), around=plain)
 
 
 def assert_close(case, one, other):
@@ -75,3 +80,17 @@ def test_a_gpu_answers_as_the_cpu_does(case, on_the_cpu, on_the_gpu):
 @pytest.mark.parametrize("case", CASES)
 def test_rounding_alone_stays_within_the_tolerance(case, on_the_cpu, in_another_order):
     assert_close(case, on_the_cpu, in_another_order)
+
+
+@pytest.mark.parametrize("float64", [True, False])
+def test_every_action_computes_on_its_device_and_answers_from_the_cpu(
+    float64, on_the_cpu, tmp_path, monkeypatch
+):
+    if not float64:
+        monkeypatch.setattr(device, "WITHOUT_FLOAT64", {standin.DEVICE})
+    # The loss is computed there, forwards and backwards, for each of so many clients and cases.
+    least = 10 * CLIENTS * len(CASES)
+    there = standin.StandIn(float64=float64)
+    _, found = replies(tmp_path, standin.DEVICE, around=there)
+    assert there.operations > least
+    assert_same(found, on_the_cpu[1])
