@@ -6,7 +6,7 @@ is FFMU's own.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from strategies.actions import CANCELLED, LARGEST, SAMPLES, Ffmu
 from unlearning import ffmu
 from unlearning.errors import MissingNeedError
 from unlearning.gradients import gradient
-from unlearning.margins import bounded_gradient
+from unlearning.margins import bounded_gradients
 from unlearning.parameters import Parameters, trained_names
 from unlearning.randomness import derive_seed, generator
 
@@ -31,10 +31,12 @@ def settings_of(config: Mapping[str, object]) -> Ffmu:
     return Ffmu.model_validate(dict(config))
 
 
-def do(job: Job, start: Parameters, asked: Ffmu) -> tuple[Parameters, dict[str, float]]:
+def do(
+    job: Job, start: Parameters, asked: Ffmu, *, draws: bool = True
+) -> tuple[Parameters, dict[str, float]]:
     """Play a round from ``start``; return what to send, in the form of a model, and the metrics.
 
-    Buffers are sent as the client left them.
+    Buffers are sent as the client left them. ``draws`` as for ``client.train.train``.
 
     Returns
     -------
@@ -49,18 +51,65 @@ def do(job: Job, start: Parameters, asked: Ffmu) -> tuple[Parameters, dict[str, 
     ParametersError
         If the round leads to values that are not finite.
     """
-    if not job.num_examples:
-        raise MissingNeedError("a client without rows has no gradient to send; leave it out")
+    if asked.local == "full":
+        return at_once([job], start, asked)[0]
+    _check_rows(job)
     scratch = scratch_for(job.task, job.device)
     scratch.load(start)
     origin = {name: tensor.to(exact_device(job.device)) for name, tensor in start.items()}
-    made, metrics = (_full if asked.local == "full" else _path)(job, scratch, origin, asked)
+    made, metrics = _path(job, scratch, origin, asked, draws=draws)
     sent = scratch.state() | {name: made[name].cpu() for name in trained_names(start)}
     return job.sent(start, sent), metrics
 
 
+def at_once(
+    jobs: Sequence[Job], start: Parameters, asked: Ffmu
+) -> list[tuple[Parameters, dict[str, float]]]:
+    """Play a round of ``local = "full"`` for several clients of one task and device.
+
+    Each sends the gradient of all its rows at ``start``, so that rows of several clients can be
+    computed together; nothing is drawn, and statistics stay.
+
+    Returns
+    -------
+    list
+        As ``do``, for each job; of one job alone bit for bit, of several up to rounding.
+
+    Raises
+    ------
+    MissingNeedError, ParametersError
+        As ``do``, whosever fault it is.
+    """
+    for job in jobs:
+        _check_rows(job)
+    task, device = jobs[0].task, jobs[0].device
+    scratch, exact = scratch_for(task, device), exact_device(device)
+    scratch.load(start)
+    function = _Function(scratch.model.eval(), device)
+    origin = {name: tensor.to(exact) for name, tensor in start.items()}
+    rows = [gather(job.examples) for job in jobs]
+    held = [(inputs.to(exact), targets.to(exact)) for inputs, targets in rows]
+    found = bounded_gradients(
+        origin, function.forward, task.loss, held, clip=asked.clip or math.inf
+    )
+    kept, sent = scratch.state(), []
+    for job, (inputs, targets), bounded in zip(jobs, held, found, strict=True):
+        with torch.no_grad():
+            loss = float(task.loss(function.forward(origin, inputs), targets))
+        told = {LARGEST: bounded.largest, CANCELLED: bounded.cancelled, SAMPLES: len(targets)}
+        made = ffmu.as_model(origin, function.whole(bounded.gradient))
+        own = kept | {name: made[name].cpu() for name in trained_names(start)}
+        sent.append((job.sent(start, own), {"loss": loss, **told}))
+    return sent
+
+
+def _check_rows(job: Job) -> None:
+    if not job.num_examples:
+        raise MissingNeedError("a client without rows has no gradient to send; leave it out")
+
+
 def _path(
-    job: Job, scratch: Scratch, origin: Parameters, asked: Ffmu
+    job: Job, scratch: Scratch, origin: Parameters, asked: Ffmu, *, draws: bool
 ) -> tuple[Parameters, dict[str, float]]:
     """Return what is sent after local training over batches."""
     settings, epochs = job.settings, range(job.settings.local_epochs)
@@ -83,8 +132,9 @@ def _path(
     def gradient_of(model: Parameters, batch: Rows) -> dict[str, Tensor]:
         return function.whole(gradient(model, function.forward, loss, *batch))
 
-    with torch.random.fork_rng(devices=[]):
-        seed_dropout(job.device, derive_seed(settings.seed, "dropout", *job.purpose))
+    with torch.random.fork_rng(devices=[], enabled=draws):
+        if draws:
+            seed_dropout(job.device, derive_seed(settings.seed, "dropout", *job.purpose))
         local, mean = ffmu.device_round(
             origin,
             rows(),
@@ -95,21 +145,6 @@ def _path(
         )
     told = sum(value * size for value, size in losses) / sum(size for _, size in losses)
     return local if asked.models else ffmu.as_model(origin, mean), {"loss": told}
-
-
-def _full(
-    job: Job, scratch: Scratch, origin: Parameters, asked: Ffmu
-) -> tuple[Parameters, dict[str, float]]:
-    """Return the gradient of all rows at ``origin``; nothing is drawn, statistics stay."""
-    function = _Function(scratch.model.eval(), job.device)
-    inputs, targets = (part.to(exact_device(job.device)) for part in gather(job.examples))
-    found = bounded_gradient(
-        origin, function.forward, job.task.loss, inputs, targets, clip=asked.clip or math.inf
-    )
-    with torch.no_grad():
-        loss = float(job.task.loss(function.forward(origin, inputs), targets))
-    told = {LARGEST: found.largest, CANCELLED: found.cancelled, SAMPLES: len(targets)}
-    return ffmu.as_model(origin, function.whole(found.gradient)), {"loss": loss, **told}
 
 
 class _Function:
