@@ -10,9 +10,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from client.contexts import start_of, use_one_thread
+from client.forgetting.ffmu import settings_of
 from client.train import Job
 from simulation.engines.training import Training, Update
+from simulation.engines.work import PLAIN, FfmuRound, Work
 from strategies import flower, messages
+from strategies.actions import Ffmu
 
 JobOf = Callable[[Message, Context], Job]
 """Says what a client's ClientApp would do with a ``train`` message."""
@@ -45,9 +48,9 @@ class InProcessGrid(Grid):
     clients
         Number of clients; each holds one partition.
     job_of
-        Given, ``train`` messages go neither through the app nor its mods, and ``Context.state`` is
-        not touched: many clients train at once, and ``send_and_receive`` returns an iterator that
-        trains as it is read. All other messages go through the app.
+        Given, ``train`` and ``train.ffmu`` messages go neither through the app nor its mods, and
+        ``Context.state`` is not touched: many clients train at once, and ``send_and_receive``
+        returns an iterator that trains as it is read. All other messages go through the app.
     """
 
     def __init__(
@@ -125,7 +128,7 @@ class InProcessGrid(Grid):
     def _train(self, sent: Sequence[Message]) -> Iterator[Message]:
         """Train the clients written to; the messages carry the same content."""
         try:
-            start = start_of(sent[0])
+            start, work = start_of(sent[0]), _work_of(sent[0])
         except Exception as error:  # noqa: BLE001  so would every client's ClientApp
             yield from (flower.with_id(messages.failure(message, error)) for message in sent)
             return
@@ -139,15 +142,27 @@ class InProcessGrid(Grid):
             else:
                 asked.append(message)
                 jobs.append(job)
-        for outcomes in self._training.run(jobs, start):
+        for outcomes in self._training.run(jobs, start, work):
             for position, outcome in outcomes:
                 reply = _reply(asked[position], outcome, jobs[position].num_examples)
                 yield flower.with_id(reply)
 
 
-def _trains_on(message: Message) -> int | None:
-    """Return which content a client is to train on; equal for messages that share it."""
-    return id(message.content) if message.metadata.message_type == messages.TRAIN else None
+TRAINING = frozenset({messages.TRAIN, Ffmu.action})
+"""Messages that jobs say how to answer."""
+
+
+def _trains_on(message: Message) -> tuple[int, str] | None:
+    """Return which content a client is to train on, and how; equal for messages that share it."""
+    kind = message.metadata.message_type
+    return (id(message.content), kind) if kind in TRAINING else None
+
+
+def _work_of(message: Message) -> Work:
+    """Return what a message that trains asks for."""
+    if message.metadata.message_type == messages.TRAIN:
+        return PLAIN
+    return FfmuRound(settings_of(message.content[messages.CONFIG]))
 
 
 def _reply(message: Message, outcome: Update | Exception, num_examples: int) -> Message:
