@@ -7,6 +7,7 @@ reaches another layer's input *directly* shows in the gradients of that input.
 """
 
 import itertools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -121,12 +122,16 @@ def behind(network: nn.Module, model: Parameters, inputs: Tensor, layer: str) ->
     return head
 
 
+_numbering = threading.Lock()
+
+
 @contextmanager
 def hooked(network: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
     """Watch modules, by name, for as long as the context lasts."""
     with ExitStack() as stack:
         for name, hook in hooks.items():
-            handle = network.get_submodule(name).register_forward_hook(hook)
+            with _numbering:  # torch counts the hooks of all threads without one
+                handle = network.get_submodule(name).register_forward_hook(hook)
             stack.callback(handle.remove)
         yield
 

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from client.contexts import start_of, use_one_thread
 from client.forgetting.ffmu import settings_of
+from client.forgetting.steps import STEPS
 from client.train import Job
 from simulation.engines.training import Training, Update
 from simulation.engines.work import PLAIN, FfmuRound, Work
@@ -108,22 +109,32 @@ class InProcessGrid(Grid):
     def _answers(self, sent: Sequence[Message]) -> Iterator[Message]:
         use_one_thread()
         ordered = sorted(sent, key=lambda message: message.metadata.dst_node_id)
-        if self._job_of is not None:
-            for content, group in itertools.groupby(ordered, key=_trains_on):
-                if content is not None:
-                    yield from self._train(list(group))
-                else:
-                    yield from (self._answer(message) for message in group)
-        else:
-            yield from (self._answer(message) for message in ordered)
+        if self._job_of is None:
+            yield from (flower.with_id(self._answer(message)) for message in ordered)
+            return
+        for content, group in itertools.groupby(ordered, key=_trains_on):
+            if content is not None:
+                yield from self._train(list(group))
+            else:
+                yield from map(flower.with_id, self._through_app(list(group)))
+
+    def _through_app(self, sent: Sequence[Message]) -> Iterator[Message]:
+        """Answer other messages: steps side by side in threads, where these help training too."""
+        nodes = {message.metadata.dst_node_id for message in sent}
+        steps = all(message.metadata.message_type in SIDE_BY_SIDE for message in sent)
+        if not (steps and len(nodes) == len(sent) and self._training.used_threads):
+            yield from map(self._answer, sent)
+            return
+        first, *others = sent
+        yield self._answer(first)  # makes what all clients share, such as the task, once
+        yield from self._training.in_threads(self._answer, others)
 
     def _answer(self, message: Message) -> Message:
         flower.with_own_content(message)
         try:
-            reply = self._app(message, self.contexts[message.metadata.dst_node_id])
+            return self._app(message, self.contexts[message.metadata.dst_node_id])
         except Exception as error:  # noqa: BLE001  a client may raise anything
-            reply = flower.error_reply(message, error)
-        return flower.with_id(reply)
+            return flower.error_reply(message, error)
 
     def _train(self, sent: Sequence[Message]) -> Iterator[Message]:
         """Train the clients written to; the messages carry the same content."""
@@ -148,6 +159,9 @@ class InProcessGrid(Grid):
                 yield flower.with_id(reply)
 
 
+SIDE_BY_SIDE = frozenset(kind.action for kind in STEPS)
+"""Messages whose answers are computed from the message and the client's rows alone, by a network in
+evaluation mode and generators of their own."""
 TRAINING = frozenset({messages.TRAIN, Ffmu.action})
 """Messages that jobs say how to answer."""
 

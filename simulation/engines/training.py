@@ -275,6 +275,11 @@ class Training:
         for position, outcome in zip(positions, made, strict=True):
             yield [(position, outcome)]
 
+    @property
+    def used_threads(self) -> bool:
+        """Whether clients have been found to train faster in threads, bit for bit as alone."""
+        return any(self._in_threads.values())
+
     def in_threads(self, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
         """Yield ``function(item)`` in the order of the items, one thread each."""
         return in_order(self._threads(), function, items, 2 * self._workers)

@@ -88,6 +88,7 @@ class Asked:
     folder: Path
     """What clients keep; one for each federation that is asked."""
     device: str = "cpu"
+    clients: int = CLIENTS
     changes: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -97,7 +98,7 @@ class Asked:
         self.options = TaskOptions.model_validate(values | self.changes)
         self.app = build_app(self.options.model_dump(by_alias=True))
         task = load_task(self.options)
-        held = [task.client_data(client, CLIENTS).train for client in range(CLIENTS)]
+        held = [task.client_data(k, self.clients).train for k in range(self.clients)]
         everything = TensorDataset(
             *(torch.cat(parts) for parts in zip(*(d.tensors for d in held), strict=True))
         )
