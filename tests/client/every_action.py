@@ -135,9 +135,13 @@ class Asked:
             for name, tensor in tensors.items()
         )
 
-    def _everything(self, nodes):
+    def rounds(self, nodes):
+        """Yield the names of rounds of plain training, and the messages that ask for them."""
         for number in range(1, LOGGED + 1):
             yield f"round {number}", self._to(nodes, messages.TRAIN, self.model, number, {})
+
+    def _everything(self, nodes):
+        yield from self.rounds(nodes)
         for case in CASES:
             yield case, self.messages(case, nodes)
 
