@@ -25,7 +25,7 @@ from client.forgetting import ffmu
 from client.forgetting.amnesiac import amnesiac as take_back
 from client.forgetting.steps import STEPS
 from client.keeping import keeping_of, own_options
-from client.refusals import refusals
+from client.refusals import check_allowed, is_refusable, refusals
 from client.scratch import scratch_for
 from client.task import evaluation
 from client.task.device import choose_device
@@ -173,11 +173,13 @@ def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
     Raises
     ------
     RefusedRequestError
-        If it forgot all it has.
+        If its owner does not allow what is asked, or it forgot all it has.
     """
     task = load_task(options)
     examples = allowed = task.client_data(*partition_of(context)).train
     own = own_options(options, context)
+    if is_refusable(message):  # engines that take jobs know no mods
+        check_allowed(message, own.refuse)
     log = log_of(message, context, own, before=round_of(message))
     if (keeping := keeping_of(own, context)) is not None:
         allowed = keeping.without_forgotten(examples)

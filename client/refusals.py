@@ -20,13 +20,18 @@ def refusals(options: Callable[[Context], TaskOptions]) -> Mod:
 
     def refuse(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         try:
-            if name_of(message.metadata.message_type) in REFUSABLE:
+            if is_refusable(message):
                 check_allowed(message, options(context).refuse)
             return call_next(message, context)
         except RefusedRequestError as error:
             return messages.refusal(message, error)
 
     return refuse
+
+
+def is_refusable(message: Message) -> bool:
+    """Say whether an owner may refuse what a message asks."""
+    return name_of(message.metadata.message_type) in REFUSABLE
 
 
 def check_allowed(message: Message, refuse: str) -> None:

@@ -29,6 +29,8 @@ numbers is computed to within n u c, the average adds its own terms, and reading
 2 u (|w| + c), u being half the spacing of numbers at 1. Twice that is allowed, each way.
 """
 
+import bisect
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,27 +96,81 @@ def bounded_gradient(
     ParametersError
         If rows do not match, the bound is out of range, or a gradient is not finite.
     """
-    check_rows(inputs, targets)
-    if not len(inputs):
+    return bounded_gradients(model, forward, loss, [(inputs, targets)], clip=clip)[0]
+
+
+def bounded_gradients(
+    model: Parameters,
+    forward: Forward,
+    loss: Loss,
+    held: Sequence[tuple[Tensor, Tensor]],
+    *,
+    clip: float = math.inf,
+) -> list[Bounded]:
+    """Return the ``bounded_gradient`` of several devices at the same model.
+
+    A row's gradient is that of the row alone, whoever holds it: computed with others' rows it
+    differs by rounding. Of one device nothing differs.
+
+    Parameters
+    ----------
+    held
+        Inputs and targets of each device, at least one row each.
+
+    Raises
+    ------
+    MissingNeedError, ParametersError
+        As ``bounded_gradient``; one device's fault is everybody's.
+    """
+    for inputs, targets in held:
+        check_rows(inputs, targets)
+    if not all(len(inputs) for inputs, _ in held):
         raise MissingNeedError("a gradient needs at least one row of data, and there are none")
     if not clip > 0:
         raise ParametersError(f"the bound on a gradient's entries must be above 0, got {clip}")
-    names = trained_names(model)
-    total = {name: torch.zeros_like(model[name], dtype=torch.float64) for name in names}
-    moved = {name: torch.zeros_like(model[name], dtype=torch.bool) for name in names}
-    largest = 0.0
-    for rows in torch.split(torch.arange(len(inputs), device=inputs.device), CHUNK):
-        found = per_sample_gradients(model, forward, loss, inputs[rows], targets[rows])
-        check_finite(found)
-        for name, single in found.items():
+    inputs, targets = (torch.cat(parts) for parts in zip(*held, strict=True))
+    ends = list(itertools.accumulate(len(own) for own, _ in held))
+    found = [_Sums(model, end - len(own)) for end, (own, _) in zip(ends, held, strict=True)]
+    for start in range(0, len(inputs), CHUNK):
+        stop = min(start + CHUNK, len(inputs))
+        gradients = per_sample_gradients(
+            model, forward, loss, inputs[start:stop], targets[start:stop]
+        )
+        check_finite(gradients)
+        first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, stop)
+        for sums, end in zip(found[first : last + 1], ends[first : last + 1], strict=True):
+            own = slice(max(sums.begin, start) - start, min(end, stop) - start)
+            sums.add({name: single[own] for name, single in gradients.items()}, clip)
+    return [sums.bounded(end - sums.begin, clip) for sums, end in zip(found, ends, strict=True)]
+
+
+class _Sums:
+    """What one device's samples add up to, whose rows begin at ``begin`` among all."""
+
+    def __init__(self, model: Parameters, begin: int) -> None:
+        names = trained_names(model)
+        self.begin = begin
+        self._types = {name: model[name].dtype for name in names}
+        self._total = {name: torch.zeros_like(model[name], dtype=torch.float64) for name in names}
+        self._moved = {name: torch.zeros_like(model[name], dtype=torch.bool) for name in names}
+        self._largest = 0.0
+
+    def add(self, gradients: Parameters, clip: float) -> None:
+        """Add gradients of single samples, shape (n, ...)."""
+        for name, single in gradients.items():
             held = single.clamp(-clip, clip) if clip < math.inf else single
-            total[name] += held.sum(dim=0)
+            self._total[name] += held.sum(dim=0)
             size = held.abs().amax(dim=0)
-            moved[name] |= size > 0
-            largest = max(largest, float(size.max()))
-    gradient = {name: (total[name] / len(inputs)).to(model[name].dtype) for name in names}
-    cancelled = sum(int((moved[name] & (gradient[name] == 0)).sum()) for name in names)
-    return Bounded(gradient, largest if clip == math.inf else clip, cancelled)
+            self._moved[name] |= size > 0
+            self._largest = max(self._largest, float(size.max()))
+
+    def bounded(self, samples: int, clip: float) -> Bounded:
+        """Return the mean over so many samples."""
+        gradient = {
+            name: (total / samples).to(self._types[name]) for name, total in self._total.items()
+        }
+        cancelled = sum(int((self._moved[n] & (gradient[n] == 0)).sum()) for n in gradient)
+        return Bounded(gradient, self._largest if clip == math.inf else clip, cancelled)
 
 
 # ---------------------------------------------------------------------------------- on the server

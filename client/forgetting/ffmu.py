@@ -6,7 +6,7 @@ is FFMU's own.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,14 @@ from torch.func import functional_call
 
 from client.forgetting.interface import Rows
 from client.scratch import Scratch, scratch_for
+from client.task.device import exact_device
 from client.task.evaluation import batches, gather
 from client.train import Job, order_seed, seed_dropout
 from strategies.actions import CANCELLED, LARGEST, SAMPLES, Ffmu
 from unlearning import ffmu
-from unlearning.distillation import Forward
 from unlearning.errors import MissingNeedError
 from unlearning.gradients import gradient
-from unlearning.margins import bounded_gradient
+from unlearning.margins import bounded_gradients
 from unlearning.parameters import Parameters, trained_names
 from unlearning.randomness import derive_seed, generator
 
@@ -31,10 +31,12 @@ def settings_of(config: Mapping[str, object]) -> Ffmu:
     return Ffmu.model_validate(dict(config))
 
 
-def do(job: Job, start: Parameters, asked: Ffmu) -> tuple[Parameters, dict[str, float]]:
+def do(
+    job: Job, start: Parameters, asked: Ffmu, *, draws: bool = True
+) -> tuple[Parameters, dict[str, float]]:
     """Play a round from ``start``; return what to send, in the form of a model, and the metrics.
 
-    Buffers are sent as the client left them.
+    Buffers are sent as the client left them. ``draws`` as for ``client.train.train``.
 
     Returns
     -------
@@ -49,22 +51,70 @@ def do(job: Job, start: Parameters, asked: Ffmu) -> tuple[Parameters, dict[str, 
     ParametersError
         If the round leads to values that are not finite.
     """
-    if not job.num_examples:
-        raise MissingNeedError("a client without rows has no gradient to send; leave it out")
+    if asked.local == "full":
+        return at_once([job], start, asked)[0]
+    _check_rows(job)
     scratch = scratch_for(job.task, job.device)
     scratch.load(start)
-    origin = {name: tensor.to(job.device) for name, tensor in start.items()}
-    made, metrics = (_full if asked.local == "full" else _path)(job, scratch, origin, asked)
+    origin = {name: tensor.to(exact_device(job.device)) for name, tensor in start.items()}
+    made, metrics = _path(job, scratch, origin, asked, draws=draws)
     sent = scratch.state() | {name: made[name].cpu() for name in trained_names(start)}
     return job.sent(start, sent), metrics
 
 
+def at_once(
+    jobs: Sequence[Job], start: Parameters, asked: Ffmu
+) -> list[tuple[Parameters, dict[str, float]]]:
+    """Play a round of ``local = "full"`` for several clients of one task and device.
+
+    Each sends the gradient of all its rows at ``start``, so that rows of several clients can be
+    computed together; nothing is drawn, and statistics stay.
+
+    Returns
+    -------
+    list
+        As ``do``, for each job; of one job alone bit for bit, of several up to rounding.
+
+    Raises
+    ------
+    MissingNeedError, ParametersError
+        As ``do``, whosever fault it is.
+    """
+    for job in jobs:
+        _check_rows(job)
+    task, device = jobs[0].task, jobs[0].device
+    scratch, exact = scratch_for(task, device), exact_device(device)
+    scratch.load(start)
+    function = _Function(scratch.model.eval(), device)
+    origin = {name: tensor.to(exact) for name, tensor in start.items()}
+    rows = [gather(job.examples) for job in jobs]
+    held = [(inputs.to(exact), targets.to(exact)) for inputs, targets in rows]
+    found = bounded_gradients(
+        origin, function.forward, task.loss, held, clip=asked.clip or math.inf
+    )
+    kept, sent = scratch.state(), []
+    for job, (inputs, targets), bounded in zip(jobs, held, found, strict=True):
+        with torch.no_grad():
+            loss = float(task.loss(function.forward(origin, inputs), targets))
+        told = {LARGEST: bounded.largest, CANCELLED: bounded.cancelled, SAMPLES: len(targets)}
+        made = ffmu.as_model(origin, function.whole(bounded.gradient))
+        own = kept | {name: made[name].cpu() for name in trained_names(start)}
+        sent.append((job.sent(start, own), {"loss": loss, **told}))
+    return sent
+
+
+def _check_rows(job: Job) -> None:
+    if not job.num_examples:
+        raise MissingNeedError("a client without rows has no gradient to send; leave it out")
+
+
 def _path(
-    job: Job, scratch: Scratch, origin: Parameters, asked: Ffmu
+    job: Job, scratch: Scratch, origin: Parameters, asked: Ffmu, *, draws: bool
 ) -> tuple[Parameters, dict[str, float]]:
     """Return what is sent after local training over batches."""
     settings, epochs = job.settings, range(job.settings.local_epochs)
-    function = _Function(scratch.model.train())
+    function = _Function(scratch.model.train(), job.device)
+    home = exact_device(job.device)
     losses: list[tuple[float, int]] = []
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -77,13 +127,14 @@ def _path(
             losses.clear()
             order = torch.Generator().manual_seed(order_seed(settings, job.purpose, epoch))
             for inputs, targets in batches(job.examples, settings.batch_size, order):
-                yield inputs.to(job.device), targets.to(job.device)
+                yield inputs.to(home), targets.to(home)
 
     def gradient_of(model: Parameters, batch: Rows) -> dict[str, Tensor]:
         return function.whole(gradient(model, function.forward, loss, *batch))
 
-    with torch.random.fork_rng(devices=[]):
-        seed_dropout(job.device, derive_seed(settings.seed, "dropout", *job.purpose))
+    with torch.random.fork_rng(devices=[], enabled=draws):
+        if draws:
+            seed_dropout(job.device, derive_seed(settings.seed, "dropout", *job.purpose))
         local, mean = ffmu.device_round(
             origin,
             rows(),
@@ -96,26 +147,14 @@ def _path(
     return local if asked.models else ffmu.as_model(origin, mean), {"loss": told}
 
 
-def _full(
-    job: Job, scratch: Scratch, origin: Parameters, asked: Ffmu
-) -> tuple[Parameters, dict[str, float]]:
-    """Return the gradient of all rows at ``origin``; nothing is drawn, statistics stay."""
-    function = _Function(scratch.model.eval())
-    inputs, targets = (part.to(job.device) for part in gather(job.examples))
-    found = bounded_gradient(
-        origin, function.forward, job.task.loss, inputs, targets, clip=asked.clip or math.inf
-    )
-    with torch.no_grad():
-        loss = float(job.task.loss(function.forward(origin, inputs), targets))
-    told = {LARGEST: found.largest, CANCELLED: found.cancelled, SAMPLES: len(targets)}
-    return ffmu.as_model(origin, function.whole(found.gradient)), {"loss": loss, **told}
-
-
 class _Function:
-    """A network as a function of its trained tensors; buffers are the network's own."""
+    """A network as a function of its trained tensors; buffers are the network's own.
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
+    Tensors come and go where gradients can be added and quantised in float64.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self._network, self._device = network, device
         first: dict[int, str] = {}
         self._twins: dict[str, str] = {}
         """Further names of a tensor that layers share -> its first name."""
@@ -126,12 +165,11 @@ class _Function:
                     self._twins[name] = known
         self._names = tuple(first.values())
 
-    @property
-    def forward(self) -> Forward:
-        """Return the network as a function of parameters and inputs."""
-        return lambda model, inputs: functional_call(
-            self._network, {name: model[name] for name in self._names}, (inputs,)
-        )
+    def forward(self, model: Parameters, inputs: Tensor) -> Tensor:
+        """Return the network's outputs for parameters and inputs."""
+        here = {name: model[name].to(self._device) for name in self._names}
+        outputs: Tensor = functional_call(self._network, here, (inputs.to(self._device),))
+        return outputs.to(exact_device(self._device))
 
     def whole(self, gradients: Parameters) -> dict[str, Tensor]:
         """Return gradients that say the same under every name of a shared tensor."""

@@ -154,10 +154,10 @@ class _Channels:
 
         def of(inputs: Tensor, targets: Tensor) -> tuple[Statistics, ...]:
             found = outputs_of(self._network, self._model, inputs, layers)
-            return class_statistics(found, targets, classes)
+            return tuple(_cpu(part) for part in class_statistics(found, targets, classes))
 
         parts = [of(*chunk) for chunk in self._chunks(rows)]
-        return tuple(_cpu(added(of_class)) for of_class in zip(*parts, strict=True))
+        return tuple(added(of_class) for of_class in zip(*parts, strict=True))
 
     def _rectified(self, inputs: Tensor) -> dict[str, Tensor]:
         places = {convolution.layer: readout(convolution) for convolution in self._convolutions}
@@ -176,7 +176,7 @@ class _Channels:
         ]
 
     def _added(self, rows: Rows, of: Callable[[Tensor, Tensor], Statistics]) -> Statistics:
-        return _cpu(added([of(*chunk) for chunk in self._chunks(rows)]))
+        return added([_cpu(of(*chunk)) for chunk in self._chunks(rows)])
 
     def _chunks(self, rows: Rows) -> Sequence[tuple[Tensor, Tensor]]:
         inputs, targets = (part.to(self._holding.device) for part in rows)
@@ -184,4 +184,5 @@ class _Channels:
 
 
 def _cpu(found: Statistics) -> Statistics:
+    """Return sums where they can be added in float64, which not every device knows."""
     return Statistics({name: tensor.cpu() for name, tensor in found.sums.items()}, found.count)

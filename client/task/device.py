@@ -6,6 +6,14 @@ import torch
 
 from unlearning.errors import SecateurError
 
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Kinds of devices that do not know float64."""
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Return where to compute in float64 what ``device`` makes: there, or on the CPU."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
 
 @functools.lru_cache
 def choose_device(name: str) -> torch.device:

@@ -7,6 +7,7 @@ reaches another layer's input *directly* shows in the gradients of that input.
 """
 
 import itertools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -61,8 +62,7 @@ def structure_of(network: nn.Module, sample: Tensor) -> Structure:
     TaskError
         If the network cannot be run on it.
     """
-    with _evaluating(network), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _evaluating(network):
         calls = _calls(network, sample[:1])
         order = list(dict.fromkeys(name for name, *_ in calls))
         once = {name for name in order if sum(call[0] == name for call in calls) == 1}
@@ -122,12 +122,16 @@ def behind(network: nn.Module, model: Parameters, inputs: Tensor, layer: str) ->
     return head
 
 
+_numbering = threading.Lock()
+
+
 @contextmanager
 def hooked(network: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
     """Watch modules, by name, for as long as the context lasts."""
     with ExitStack() as stack:
         for name, hook in hooks.items():
-            handle = network.get_submodule(name).register_forward_hook(hook)
+            with _numbering:  # torch counts the hooks of all threads without one
+                handle = network.get_submodule(name).register_forward_hook(hook)
             stack.callback(handle.remove)
         yield
 
@@ -185,9 +189,12 @@ def _readers(
     variables: dict[str, Tensor] = {}
     taken: dict[str, list[Tensor]] = {name: [] for name in layers}
 
+    draw = torch.Generator().manual_seed(0)
+
     def variable(like: Tensor) -> Tensor:
         # Positive: gradients are to pass every rectifier.
-        return (torch.rand_like(like) + 0.5).requires_grad_()
+        drawn = torch.rand(like.shape, generator=draw, dtype=like.dtype)
+        return (drawn + 0.5).to(like.device).requires_grad_()
 
     def replace(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from client.train import Job, optimizer_for, order_seed
+from client.train import Job, order_seed
 from simulation.engines.schedule import Schedule
 from simulation.engines.step import StackedStep, tensors_of
+from simulation.engines.work import PLAIN, Optimizer, Work
 from strategies.messages import LocalTraining
 from unlearning.parameters import Parameters
 from unlearning.randomness import generator
@@ -41,7 +42,7 @@ class Trained:
     stack
         Name -> shape (clients, ...), on the device.
     losses
-        Mean loss of each client's last epoch.
+        Mean loss of each client's last epoch; NaN where the client itself would raise.
     """
 
     stack: dict[str, Tensor]
@@ -106,13 +107,15 @@ class BatchedTraining:
         return self._step.prepare(start, shapes, record_all=len(chunks) > 1)
 
     @torch.no_grad()
-    def train(self, jobs: Sequence[Job], start: Parameters) -> Trained:
+    def train(self, jobs: Sequence[Job], start: Parameters, work: Work = PLAIN) -> Trained:
         """Train the clients of one chunk, each from ``start``, the model given to ``prepare``.
 
         Parameters
         ----------
         jobs
             Sorted by size, the largest first; none without examples.
+        work
+            What they do.
         """
         settings, number = jobs[0].settings, jobs[0].purpose[0]
         data = self._chunk_data(jobs)
@@ -121,7 +124,8 @@ class BatchedTraining:
         masks = self._draw_masks(jobs, schedule)
         origin = {name: start[name].to(self._device) for name in self._step.trainable}
         stack = {n: t.expand(len(jobs), *t.shape).clone() for n, t in origin.items()}
-        optimizer = optimizer_for(list(stack.values()), settings, number)
+        optimizer = work.optimizer(list(stack.values()), settings, number)
+        pull = work.proximal_mu(settings)
         done = {name: torch.empty_like(tensor) for name, tensor in stack.items()}
         losses = torch.zeros(schedule.steps, len(jobs), device=self._device)
         width = len(jobs)
@@ -129,7 +133,7 @@ class BatchedTraining:
             if schedule.widths[step] < width:
                 width = schedule.widths[step]
                 narrow = {name: tensor[:width].clone() for name, tensor in stack.items()}
-                fresh = optimizer_for(list(narrow.values()), settings, number)
+                fresh = work.optimizer(list(narrow.values()), settings, number)
                 _hand_over(optimizer, stack, fresh, narrow)
                 stack, optimizer = narrow, fresh
             inputs, targets = data.batch(rows[step, :width])
@@ -139,21 +143,24 @@ class BatchedTraining:
             )
             for name, tensor in stack.items():
                 tensor.grad = gradients[name]
-                if settings.proximal_mu:
-                    tensor.grad += settings.proximal_mu * (tensor - origin[name])
+                if pull:
+                    tensor.grad += pull * (tensor - origin[name])
             optimizer.step()
             losses[step, :active] = values[:active]
             going_on = schedule.active[step + 1] if step + 1 < schedule.steps else 0
             if going_on < active:  # put aside who is finished, before another step moves them
                 for name, tensor in stack.items():
-                    done[name][going_on:active] = tensor[going_on:active]
+                    made = work.made(optimizer, tensor, step + 1)
+                    done[name][going_on:active] = made[going_on:active]
+        done = dict(work.sent(origin, done))
+        told = work.told(schedule.last_epoch(losses), done)
         everything = {
             name: done[name]
             if name in done
             else tensor.to(self._device).expand(len(jobs), *tensor.shape)
             for name, tensor in start.items()
         }
-        return Trained(everything, schedule.last_epoch(losses))
+        return Trained(everything, told)
 
     # ------------------------------------------------------------ data and masks
     def _chunk_data(self, jobs: Sequence[Job]) -> "_ChunkData":
@@ -241,9 +248,9 @@ def _orders(jobs: Sequence[Job], schedule: Schedule) -> list[list[Tensor]]:
 
 
 def _hand_over(
-    old: torch.optim.Optimizer,
+    old: Optimizer,
     old_stack: Mapping[str, Tensor],
-    new: torch.optim.Optimizer,
+    new: Optimizer,
     new_stack: Mapping[str, Tensor],
 ) -> None:
     """Give an optimizer of fewer clients what another remembers of them (momentum, moments)."""

@@ -10,9 +10,13 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from client.contexts import start_of, use_one_thread
+from client.forgetting.ffmu import settings_of
+from client.forgetting.steps import STEPS
 from client.train import Job
 from simulation.engines.training import Training, Update
+from simulation.engines.work import PLAIN, FfmuRound, Work
 from strategies import flower, messages
+from strategies.actions import Ffmu
 
 JobOf = Callable[[Message, Context], Job]
 """Says what a client's ClientApp would do with a ``train`` message."""
@@ -45,9 +49,9 @@ class InProcessGrid(Grid):
     clients
         Number of clients; each holds one partition.
     job_of
-        Given, ``train`` messages go neither through the app nor its mods, and ``Context.state`` is
-        not touched: many clients train at once, and ``send_and_receive`` returns an iterator that
-        trains as it is read. All other messages go through the app.
+        Given, ``train`` and ``train.ffmu`` messages go neither through the app nor its mods, and
+        ``Context.state`` is not touched: many clients train at once, and ``send_and_receive``
+        returns an iterator that trains as it is read. All other messages go through the app.
     """
 
     def __init__(
@@ -105,27 +109,37 @@ class InProcessGrid(Grid):
     def _answers(self, sent: Sequence[Message]) -> Iterator[Message]:
         use_one_thread()
         ordered = sorted(sent, key=lambda message: message.metadata.dst_node_id)
-        if self._job_of is not None:
-            for content, group in itertools.groupby(ordered, key=_trains_on):
-                if content is not None:
-                    yield from self._train(list(group))
-                else:
-                    yield from (self._answer(message) for message in group)
-        else:
-            yield from (self._answer(message) for message in ordered)
+        if self._job_of is None:
+            yield from (flower.with_id(self._answer(message)) for message in ordered)
+            return
+        for content, group in itertools.groupby(ordered, key=_trains_on):
+            if content is not None:
+                yield from self._train(list(group))
+            else:
+                yield from map(flower.with_id, self._through_app(list(group)))
+
+    def _through_app(self, sent: Sequence[Message]) -> Iterator[Message]:
+        """Answer other messages: steps side by side in threads, where these help training too."""
+        nodes = {message.metadata.dst_node_id for message in sent}
+        steps = all(message.metadata.message_type in SIDE_BY_SIDE for message in sent)
+        if not (steps and len(nodes) == len(sent) and self._training.used_threads):
+            yield from map(self._answer, sent)
+            return
+        first, *others = sent
+        yield self._answer(first)  # makes what all clients share, such as the task, once
+        yield from self._training.in_threads(self._answer, others)
 
     def _answer(self, message: Message) -> Message:
         flower.with_own_content(message)
         try:
-            reply = self._app(message, self.contexts[message.metadata.dst_node_id])
+            return self._app(message, self.contexts[message.metadata.dst_node_id])
         except Exception as error:  # noqa: BLE001  a client may raise anything
-            reply = flower.error_reply(message, error)
-        return flower.with_id(reply)
+            return flower.error_reply(message, error)
 
     def _train(self, sent: Sequence[Message]) -> Iterator[Message]:
         """Train the clients written to; the messages carry the same content."""
         try:
-            start = start_of(sent[0])
+            start, work = start_of(sent[0]), _work_of(sent[0])
         except Exception as error:  # noqa: BLE001  so would every client's ClientApp
             yield from (flower.with_id(messages.failure(message, error)) for message in sent)
             return
@@ -139,15 +153,30 @@ class InProcessGrid(Grid):
             else:
                 asked.append(message)
                 jobs.append(job)
-        for outcomes in self._training.run(jobs, start):
+        for outcomes in self._training.run(jobs, start, work):
             for position, outcome in outcomes:
                 reply = _reply(asked[position], outcome, jobs[position].num_examples)
                 yield flower.with_id(reply)
 
 
-def _trains_on(message: Message) -> int | None:
-    """Return which content a client is to train on; equal for messages that share it."""
-    return id(message.content) if message.metadata.message_type == messages.TRAIN else None
+SIDE_BY_SIDE = frozenset(kind.action for kind in STEPS)
+"""Messages whose answers are computed from the message and the client's rows alone, by a network in
+evaluation mode and generators of their own."""
+TRAINING = frozenset({messages.TRAIN, Ffmu.action})
+"""Messages that jobs say how to answer."""
+
+
+def _trains_on(message: Message) -> tuple[int, str] | None:
+    """Return which content a client is to train on, and how; equal for messages that share it."""
+    kind = message.metadata.message_type
+    return (id(message.content), kind) if kind in TRAINING else None
+
+
+def _work_of(message: Message) -> Work:
+    """Return what a message that trains asks for."""
+    if message.metadata.message_type == messages.TRAIN:
+        return PLAIN
+    return FfmuRound(settings_of(message.content[messages.CONFIG]))
 
 
 def _reply(message: Message, outcome: Update | Exception, num_examples: int) -> Message:

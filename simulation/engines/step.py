@@ -264,8 +264,6 @@ def tensors_of(job: Job) -> tuple[Tensor, Tensor]:
 
 def kind_of(job: Job) -> tuple[Any, ...]:
     """Return what jobs must share to be trained together in one round."""
-    if job.log is not None:
-        raise NotBatchableError("a batch log looks at every step of each client")
     return *model_kind(job), job.settings, job.purpose[0]
 
 

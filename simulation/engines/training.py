@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from client.scratch import scratch_for
 from client.task.protocol import Examples
-from client.train import Job, do
-from simulation.engines.batched import MOST_CLIENTS, BatchedTraining, Trained
+from client.train import Job
+from simulation.engines.batched import CPU_BUDGET, MOST_CLIENTS, BatchedTraining, Trained
 from simulation.engines.step import (
     TRIED,
     NotBatchableError,
@@ -25,8 +25,9 @@ from simulation.engines.step import (
     model_kind,
     tensors_of,
 )
+from simulation.engines.work import PLAIN, Work
 from strategies.screen import one_line
-from unlearning.parameters import Parameters
+from unlearning.parameters import Parameters, byte_size
 
 log = logging.getLogger("secateur")
 
@@ -84,17 +85,22 @@ class Training:
         self._in_threads: dict[object, bool] = {}
         self._pool: ThreadPoolExecutor | None = None
 
-    def run(self, jobs: Sequence[Job], start: Parameters) -> Iterator[list[Outcome]]:
+    def run(
+        self, jobs: Sequence[Job], start: Parameters, work: Work = PLAIN
+    ) -> Iterator[list[Outcome]]:
         """Yield the outcomes of all jobs, some at a time, in an order that depends on them only.
 
-        Memory grows with what is yielded at a time, not with the jobs.
+        Memory grows with what is yielded at a time, not with the jobs. ``work`` says what the jobs
+        are to be done by: trained on, or otherwise.
         """
+        todo = _Round(jobs, start, work)
         groups = collections.defaultdict(list)
         for position, job in enumerate(jobs):
             if id(job.examples) in self._odd or not job.num_examples:
-                yield [(position, alone(job, start))]
+                yield [(position, todo.alone(position))]
                 continue
             try:
+                work.check(job)
                 kind = kind_of(job)
             except NotBatchableError as error:
                 kind = (id(job.task), str(error))
@@ -103,14 +109,17 @@ class Training:
         for kind, positions in groups.items():
             # Clients of one chunk wait for the largest of it: those of a size belong together.
             positions.sort(key=lambda position: (-jobs[position].num_examples, position))
-            batched = self._prepared(kind, [jobs[position] for position in positions], start)
+            if work.at_once and kind not in self._reasons:
+                yield from self._at_once(todo, positions)
+                continue
+            batched = self._prepared(kind, todo.chosen(positions), start)
             if batched is not None:
-                yield from self._together(batched, jobs, positions, start)
+                yield from self._together(batched, todo, positions)
             elif len(positions) > 1 and self._threads_help(jobs[positions[0]], start):
-                yield from self._side_by_side(jobs, sorted(positions), start)
+                yield from self._side_by_side(todo, sorted(positions))
             else:
                 for position in sorted(positions):
-                    yield [(position, alone(jobs[position], start))]
+                    yield [(position, todo.alone(position))]
 
     def _prepared(
         self, kind: object, jobs: Sequence[Job], start: Parameters
@@ -156,20 +165,16 @@ class Training:
 
     # ------------------------------------------------------------ together
     def _together(
-        self,
-        batched: BatchedTraining,
-        jobs: Sequence[Job],
-        ordered: Sequence[int],
-        start: Parameters,
+        self, batched: BatchedTraining, todo: "_Round", ordered: Sequence[int]
     ) -> Iterator[list[Outcome]]:
         """Train jobs, the largest first, in chunks."""
-        limit = min(batched.chunk(jobs[ordered[0]]), self._limit)
-        chunks = [ordered[i : i + limit] for i in range(0, len(ordered), limit)]
-        threads = batched.prepare(start, [[jobs[p] for p in chunk] for chunk in chunks])
-        threads = threads and len(chunks) > 1 and jobs[ordered[0]].device.type == "cpu"
+        first = todo.jobs[ordered[0]]
+        chunks = _chunks(ordered, min(batched.chunk(first), self._limit))
+        threads = batched.prepare(todo.start, [todo.chosen(chunk) for chunk in chunks])
+        threads = threads and len(chunks) > 1 and first.device.type == "cpu"
 
         def attempt(chunk: Sequence[int]) -> Trained | str | None:
-            return _attempt(batched, [jobs[position] for position in chunk], start)
+            return _attempt(batched, todo, chunk)
 
         made = (
             in_order(self._threads(), attempt, chunks, self._workers)
@@ -177,29 +182,25 @@ class Training:
             else map(attempt, chunks)
         )
         for chunk, found in zip(chunks, made, strict=True):
-            yield from self._finished(chunk, found, attempt, jobs, start)
+            yield from self._finished(chunk, found, attempt, todo)
 
     def _finished(
         self,
         chunk: Sequence[int],
         found: Trained | str | None,
         attempt: Callable[[Sequence[int]], Trained | str | None],
-        jobs: Sequence[Job],
-        start: Parameters,
+        todo: "_Round",
     ) -> Iterator[list[Outcome]]:
         """Yield a chunk's outcomes; where its training failed, in this thread, some other way."""
         if isinstance(found, Trained):
-            updates = _updates(found, [jobs[position] for position in chunk], start)
-            pairs = list(zip(chunk, updates, strict=True))
+            pairs = list(zip(chunk, _updates(found, todo, chunk), strict=True))
             yield [(p, update) for p, update in pairs if math.isfinite(update.metrics["loss"])]
             # Alone, a loss may be finite that is none as a mean of its examples' own.
             for position, update in pairs:
                 if not math.isfinite(update.metrics["loss"]):
-                    yield [(position, self._apart(jobs[position], start))]
+                    yield [(position, self._apart(todo, position))]
         elif isinstance(found, str):
-            log.warning("%d clients are trained one by one: %s", len(chunk), found)
-            for position in chunk:
-                yield [(position, self._apart(jobs[position], start))]
+            yield from self._one_by_one(todo, chunk, found)
         elif len(chunk) == 1:
             yield [(chunk[0], torch.OutOfMemoryError("this client's training does not fit"))]
         else:
@@ -208,11 +209,33 @@ class Training:
             log.warning("out of memory with %d clients at once: going on with %d", len(chunk), half)
             torch.cuda.empty_cache()
             for part in (chunk[:half], chunk[half:]):
-                yield from self._finished(part, attempt(part), attempt, jobs, start)
+                yield from self._finished(part, attempt(part), attempt, todo)
 
-    def _apart(self, job: Job, start: Parameters) -> Update | Exception:
+    def _at_once(self, todo: "_Round", ordered: Sequence[int]) -> Iterator[list[Outcome]]:
+        """Do jobs whose rows are simply computed together, in chunks.
+
+        Nothing is tried before: a row's part is computed apart from others' in any case.
+        """
+        a_client = 4 * max(1, byte_size([todo.start]))  # sums in float64, and what is sent
+        for chunk in _chunks(ordered, max(1, min(MOST_CLIENTS, CPU_BUDGET // a_client))):
+            try:
+                made = todo.work.together(todo.chosen(chunk), todo.start)
+            except Exception as error:  # noqa: BLE001  one client's data may break it for all
+                yield from self._one_by_one(todo, chunk, one_line(error))
+            else:
+                pairs = zip(chunk, made, strict=True)
+                yield [(p, Update(model, None, metrics)) for p, (model, metrics) in pairs]
+
+    def _one_by_one(
+        self, todo: "_Round", chunk: Sequence[int], why: str
+    ) -> Iterator[list[Outcome]]:
+        log.warning("%d clients are trained one by one: %s", len(chunk), why)
+        for position in chunk:
+            yield [(position, self._apart(todo, position))]
+
+    def _apart(self, todo: "_Round", position: int) -> Update | Exception:
         """Train a client alone; one that fails, or differs from others, from now on always."""
-        outcome = alone(job, start)
+        job, outcome = todo.jobs[position], todo.alone(position)
         if isinstance(outcome, Exception) or not math.isfinite(outcome.metrics.get("loss", 0.0)):
             self._odd[id(job.examples)] = job.examples
         return outcome
@@ -247,17 +270,19 @@ class Training:
         except Exception:  # noqa: BLE001  said by the client itself, which is then trained alone
             return False
 
-    def _side_by_side(
-        self, jobs: Sequence[Job], positions: Sequence[int], start: Parameters
-    ) -> Iterator[list[Outcome]]:
-        made = in_order(
-            self._threads(),
-            lambda position: alone(jobs[position], start, draws=False),
-            positions,
-            2 * self._workers,
-        )
+    def _side_by_side(self, todo: "_Round", positions: Sequence[int]) -> Iterator[list[Outcome]]:
+        made = self.in_threads(lambda position: todo.alone(position, draws=False), positions)
         for position, outcome in zip(positions, made, strict=True):
             yield [(position, outcome)]
+
+    @property
+    def used_threads(self) -> bool:
+        """Whether clients have been found to train faster in threads, bit for bit as alone."""
+        return any(self._in_threads.values())
+
+    def in_threads(self, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+        """Yield ``function(item)`` in the order of the items, one thread each."""
+        return in_order(self._threads(), function, items, 2 * self._workers)
 
     def _threads(self) -> ThreadPoolExecutor:
         """Return the threads, started once: each keeps a model of its own."""
@@ -275,24 +300,43 @@ def cpus() -> int:
     return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
-def alone(job: Job, start: Parameters, *, draws: bool = True) -> Update | Exception:
+def alone(
+    job: Job, start: Parameters, work: Work = PLAIN, *, draws: bool = True
+) -> Update | Exception:
     """Do one job; return what the client raised, if anything."""
     try:
-        model, metrics = do(job, start, draws=draws)
+        model, metrics = work.alone(job, start, draws=draws)
     except Exception as error:  # noqa: BLE001  a client may raise anything
         return error
     return Update(model, None, metrics)
 
 
-def _attempt(
-    batched: BatchedTraining, jobs: Sequence[Job], start: Parameters
-) -> Trained | str | None:
+@dataclass(frozen=True)
+class _Round:
+    """The jobs of one round, each known by its position."""
+
+    jobs: Sequence[Job]
+    start: Parameters
+    work: Work
+
+    def chosen(self, positions: Sequence[int]) -> list[Job]:
+        return [self.jobs[position] for position in positions]
+
+    def alone(self, position: int, *, draws: bool = True) -> Update | Exception:
+        return alone(self.jobs[position], self.start, self.work, draws=draws)
+
+
+def _chunks(ordered: Sequence[int], limit: int) -> list[Sequence[int]]:
+    return [ordered[i : i + limit] for i in range(0, len(ordered), limit)]
+
+
+def _attempt(batched: BatchedTraining, todo: _Round, chunk: Sequence[int]) -> Trained | str | None:
     """Train a chunk; return why it failed, or ``None`` where memory was too small.
 
     The exception itself would keep alive whatever the failed attempt had made.
     """
     try:
-        return batched.train(jobs, start)
+        return batched.train(todo.chosen(chunk), todo.start, todo.work)
     except torch.OutOfMemoryError:
         return None
     except Exception as error:  # noqa: BLE001  one client's data may break the whole step
@@ -322,10 +366,10 @@ def in_order(
             future.cancel()
 
 
-def _updates(trained: Trained, jobs: Sequence[Job], start: Parameters) -> Iterator[Update]:
-    for row, (job, loss) in enumerate(zip(jobs, trained.losses, strict=True)):
+def _updates(trained: Trained, todo: _Round, chunk: Sequence[int]) -> Iterator[Update]:
+    for row, (job, loss) in enumerate(zip(todo.chosen(chunk), trained.losses, strict=True)):
         if job.finish is None:
             yield Update(trained.stack, row, {"loss": loss})
         else:
             own = {name: tensor[row].cpu() for name, tensor in trained.stack.items()}
-            yield Update(job.sent(start, own), None, {"loss": loss})
+            yield Update(job.sent(todo.start, own), None, {"loss": loss})

@@ -100,6 +100,24 @@ def test_gradients_that_are_no_numbers_are_refused():
         margins.bounded_gradient(model, forward, functional.cross_entropy, inputs, targets)
 
 
+@given(
+    sizes=st.lists(st.sampled_from([1, 5, 63, 64, 65, 130]), min_size=1, max_size=4),
+    clip=st.sampled_from([math.inf, 0.3]),
+)
+@settings(max_examples=30, deadline=None)
+def test_devices_together_give_what_each_gives(sizes, clip):
+    model, inputs, targets = linear(4, sum(sizes))
+    held = list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
+    found = margins.bounded_gradients(model, forward, functional.cross_entropy, held, clip=clip)
+    assert len(found) == len(sizes)
+    for together, rows in zip(found, held, strict=True):
+        alone = margins.bounded_gradient(model, forward, functional.cross_entropy, *rows, clip=clip)
+        assert together.largest == pytest.approx(alone.largest, rel=1e-5)
+        assert together.cancelled == alone.cancelled
+        for name, tensor in alone.gradient.items():
+            assert torch.allclose(together.gradient[name], tensor, rtol=1e-5, atol=1e-7)
+
+
 # ---------------------------------------------------------------------------------- on the server
 
 
