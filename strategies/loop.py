@@ -84,6 +84,7 @@ def run_rounds(
         model = _train(federation, grid, number, model, train_config, result)
         pruned = federation.unlearn_if_due(model, grid, train_config, on_ask)
         model = model if pruned is None else pruned
+        federation.settle_marks(model, grid, train_config)
         measures = dict(measure(number, model))
         asked = _ask_clients(federation, grid, number, model, evaluate_config, result)
         if measures.get(VALIDATION) is None and asked is not None:

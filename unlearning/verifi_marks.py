@@ -32,6 +32,9 @@ from unlearning.parameters import top_count, top_mask
 
 SHARE, WINDOW, RISE = 0.1, 3, 0.5
 """Share of rows to look for markers in, rounds of the check, and the rise it wants (2.10)."""
+EPOCHS, WATCHED = 2, 3
+"""Epochs of marking, and rounds over which a loss varies."""
+Kind = Literal["erroneous", "forgettable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +175,9 @@ def check(
     Parameters
     ----------
     before, after
-        Under the models that marking started from and ended with.
+        Under the global model that marking started from, and under the first published one that
+        has the marked update in it. Not under the marking client's own: averaging dilutes marks,
+        and the rise over its own would pass a server that forgets nothing.
     following
         Under the global models of the rounds since the client left, in order; those past the
         window do not count.

@@ -104,7 +104,10 @@ class InProcessGrid(Grid):
 
     def _answers(self, sent: Sequence[Message]) -> Iterator[Message]:
         use_one_thread()
-        ordered = sorted(sent, key=lambda message: message.metadata.dst_node_id)
+        # Whoever is asked for something else does not part those who train on the same content.
+        ordered = sorted(
+            sent, key=lambda m: (m.metadata.message_type == messages.TRAIN, m.metadata.dst_node_id)
+        )
         if self._job_of is not None:
             for content, group in itertools.groupby(ordered, key=_trains_on):
                 if content is not None:
