@@ -266,8 +266,9 @@ class Experiment:
         status = "banned" if record.refused is None else "quarantined"
         statuses = federation.roster.statuses()
         left = tuple(client for client in record.clients if statuses.get(client) == status)
-        if record.refused is not None and record.marks:  # withdrawn: the client stays, for now
-            left = record.clients
+        withdrawn = {found.client for found in record.marks}
+        if record.refused is not None and withdrawn.issuperset(record.clients):
+            left = record.clients  # they stay, and would have left
         self.outcome.unlearnings.append((record, left))
         if record.refused is not None:
             self._refusal = record.refused

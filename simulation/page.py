@@ -465,12 +465,16 @@ def _unlearning(unlearning: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         "what": _what(unlearning) if unlearning["holders"] or not unlearning["clients"] else "",
         "settings": ", ".join(f"{k} {v}" for k, v in unlearning["settings"].items()),
         "mistaken": sorted(facts.mistaken.intersection(unlearning["clients"])),
-        "marks": [_marks(found) for found in unlearning["marks"] if found["marked"] is not None],
+        "marks": [] if unlearning["refused"] else [_marks(one) for one in unlearning["marks"]],
     }
 
 
 def _marks(found: Mapping[str, Any]) -> str:
     """Say what a leaver says of the rows that it marked."""
+    if found["marked"] is None:
+        return (
+            f"{found['word_of']} marked no rows, and its request was withdrawn: {found['reason']}."
+        )
     text = f"{found['word_of']} marked rows in round {found['marked']} ({found['kind']} memory)"
     if found["after"] is not None:
         text += (

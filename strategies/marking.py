@@ -224,15 +224,16 @@ class Marking:
         request, found = leaver.request, leaver.check
         found.reason = why
         log.warning("round %d: request withdrawn: %s", record.number, why)
-        record.unlearning = record.unlearning or UnlearningRecord(
-            record.number,
-            request.method or "",
-            request.cause,
-            request.clients,
-            targets=request.clients,
-            refused=why,
-            marks=[found],
-        )
+        if record.unlearning is None:
+            record.unlearning = UnlearningRecord(
+                record.number,
+                request.method or "",
+                request.cause,
+                request.clients,
+                targets=request.clients,
+                refused=why,
+            )
+        record.unlearning.marks.append(found)
 
 
 def judge(found: MarkCheck, silences: Collection[str], *, over: bool) -> None:

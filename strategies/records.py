@@ -39,7 +39,7 @@ class MarkCheck:
     """Rise that passes."""
     result: Literal["pass", "fail", "inconclusive"] = "inconclusive"
     reason: str = ""
-    """Why it is inconclusive."""
+    """Why it is inconclusive, or the request was withdrawn."""
 
 
 @dataclass
@@ -82,8 +82,8 @@ class UnlearningRecord:
     recovery_target: float | None = None
     """Validation accuracy at which recovery ends."""
     marks: list[MarkCheck] = field(default_factory=list)
-    """Of those who marked rows before they left, or, if refused, were to; complete
-    ``verifi_marks.WINDOW`` rounds later."""
+    """Of those who marked rows before they left, complete ``verifi_marks.WINDOW`` rounds later; and
+    of those who were to, and whose request was withdrawn in this round."""
 
 
 @dataclass

@@ -16,6 +16,10 @@ that are ours. Training is the caller's: here rows are chosen, relabelled, and j
 Mark with erroneous memory only where the errors come from the client's own data: where a model that
 never saw it errs alike, the loss does not come back, and the check fails a server that did forget.
 
+All three are mean losses on the markers under *global* models; see ``check``. They say whether the
+marks are there, not why: what others learn meanwhile lowers the loss or overwrites the marks, also
+where nothing is forgotten (``docs/methods.md``).
+
 The check is the leaver's word: marks and losses are its own, and nothing proves them to others.
 """
 
