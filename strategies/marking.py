@@ -100,10 +100,6 @@ class Marking:
             raise ImpossibleRequestError(f"{client} is to leave already, once it has marked rows")
         self.waiting.append(Leaver(request, MarkCheck(client, request.marks), number))
 
-    def waits(self, request: Request) -> bool:
-        """Say whether the client of a request has yet to mark."""
-        return any(leaver.request is request for leaver in self.waiting)
-
     def busy(self, number: int) -> bool:
         """Say whether rounds should go on after round ``number`` for somebody who marks."""
         return bool(self.checked) or any(
@@ -281,14 +277,16 @@ def ask_leaver(
 
     The client need not be one that may take part.
     """
-    directory.refresh(grid)
+    online, node = directory.refresh(grid), directory.node(client)
+    if node not in online:  # to be waited for until the deadline otherwise
+        return f"{client} is not connected"
     content = RecordDict(
         {
             messages.ARRAYS: messages.record_from(model),
             messages.CONFIG: ConfigRecord({**config, **action.config()}),
         }
     )
-    question = Message(content, directory.node(client), action.action)
+    question = Message(content, node, action.action)
     received = grid.send_and_receive([question], timeout=deadline_s)
     screened = Screen().check(match([question], received, directory), None)
     for answer in screened.answers:

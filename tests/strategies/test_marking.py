@@ -9,8 +9,9 @@ from flwr.serverapp.strategy import FedAvg
 
 from simulation.engines.inprocess import InProcessGrid
 from strategies import messages
+from strategies.actions import Marks
 from strategies.ffmu import FFMU
-from strategies.marking import PATIENCE, judge
+from strategies.marking import PATIENCE, ask_leaver, judge
 from strategies.methods.catalogue import MAKE
 from strategies.records import MarkCheck
 from strategies.roster import Status
@@ -40,7 +41,7 @@ class Script:
     """
 
     def __init__(self, *, marking=None, answers=None, train=None):
-        self.asked, self.models, self.contents = [], {}, {}
+        self.asked, self.models, self.forgettings = [], {}, []
         reply = train or learning()
         app = scripted_app(reply)
 
@@ -66,6 +67,7 @@ class Script:
             number = int(config[messages.SERVER_ROUND])
             partition = int(context.node_config["partition-id"])
             self.asked.append(("query.marks", partition, number, {"first": config["first"]}))
+            self.forgettings.append(config.get(messages.FORGETTINGS, 0))
             self.models[number] = messages.parameters_from(message.content[messages.ARRAYS])
             found = (answers or {}).get(number, TOLD)
             if isinstance(found, Exception):
@@ -99,6 +101,7 @@ def test_a_leaver_marks_in_the_next_round_leaves_and_is_asked_for_three_rounds()
         ("query.marks", LEAVER, 3, {"first": True}),
         *(("query.marks", LEAVER, number, {"first": False}) for number in (5, 6, 7)),
     ]
+    assert script.forgettings == [0, 1, 1, 1]
     for number in (3, 5, 6, 7):
         assert same(script.models[number], models[number])
     assert client(LEAVER) in records[3].participants
@@ -250,6 +253,22 @@ def test_a_leaver_that_answers_once_is_believed_where_that_is_enough(loss, resul
     assert found.reason.startswith("no answer in 2 of 3 rounds: ") == (result == "inconclusive")
 
 
+def test_a_leaver_that_is_not_connected_is_not_waited_for():
+    wrapped, script = federation("fedup"), Script()
+    _, models = play(wrapped, script.grid, 1)
+    config = messages.LocalTraining().to_record()
+    config[messages.SERVER_ROUND] = 1
+
+    def ask():
+        where = script.grid, wrapped.directory
+        return ask_leaver(client(LEAVER), Marks(), models[-1], config, *where, deadline_s=1.0)
+
+    assert ask() == {name: float(value) for name, value in TOLD.items()}
+    del script.grid.contexts[wrapped.directory.node(client(LEAVER))]
+    assert ask() == "client-0002 is not connected"
+    assert script.rounds("query.marks") == [1]
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [({"loss": 1.0}, "the answer lacks after, before, markers"),
@@ -365,7 +384,6 @@ def test_who_marks_cooperates_unless_it_is_said():
     wrapped = federation("fedup", others=[MAKE["natural"]()])
     play(wrapped, Script().grid, 2)
     assert wrapped.request(request(guarantee="approximate")).method == "fedup"
-    assert wrapped.marking.waits(wrapped.marking.waiting[0].request)
     assert approximately("fedup", 1).marks == ""
 
 
