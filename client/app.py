@@ -23,6 +23,7 @@ from client.contexts import (
 )
 from client.forgetting import ffmu
 from client.forgetting.amnesiac import amnesiac as take_back
+from client.forgetting.marking import own_rows, report, train_and_mark
 from client.forgetting.steps import STEPS
 from client.keeping import keeping_of, own_options
 from client.refusals import check_allowed, is_refusable, refusals
@@ -32,7 +33,7 @@ from client.task.device import choose_device
 from client.task.protocol import TaskOptions, load_task, size_of
 from client.train import Job, do
 from strategies import messages
-from strategies.actions import Action, Amnesiac, Batches, Forget, Selection
+from strategies.actions import Action, Amnesiac, Batches, Forget, Mark, Marks, Selection
 from unlearning.errors import RefusedRequestError
 
 LOG = "batches"
@@ -121,6 +122,24 @@ def build_app(
         made = take_back(start_of(message), log, rows)
         content = messages.train_reply(made.arrays, made.metrics, 1)
         return Message(content, reply_to=message)
+
+    @app.train("mark")
+    def mark(message: Message, context: Context) -> Message:
+        use_one_thread()
+        own, asked = options(context), Mark.model_validate(config_of(message))
+        keeping, chosen = needed_keeping(own, context), make_job(message, context, own)
+        model, metrics = train_and_mark(chosen, start_of(message), asked, keeping)
+        content = messages.train_reply(model, metrics, chosen.num_examples)
+        return Message(content, reply_to=message)
+
+    @app.query("marks")
+    def marks(message: Message, context: Context) -> Message:
+        use_one_thread()
+        own, asked = options(context), Marks.model_validate(config_of(message))
+        keeping, examples = needed_keeping(own, context), examples_of(own, context)
+        rows = own_rows(load_task(own), examples, keeping, choose_device(own.device))
+        found = report(rows, start_of(message), asked, round_of(message), keeping)
+        return Message(messages.evaluate_reply(found, 1), reply_to=message)
 
     return app
 

@@ -1,4 +1,4 @@
-"""Commands of a data owner: tokens for rows, what is forgotten, and whether it stays so."""
+"""Commands of a data owner: tokens for rows, what is forgotten, stays so, and is marked."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from unlearning.errors import SecateurError
 
 if TYPE_CHECKING:
     from client.keeping import Keeping
-    from client.task.protocol import Examples
+    from client.task.protocol import Examples, TaskOptions
 
 holdings = typer.Typer(help=__doc__, no_args_is_help=True)
 commands = typer.Typer(add_completion=False)
@@ -112,28 +112,102 @@ def check(
         raise typer.Exit(1)
 
 
+@holdings.command()
+def marks(
+    client_dir: ClientDir,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="FILE", help="Judge this published model instead."),
+    ] = None,
+    task: TaskName = "digits",
+    settings: Data = [],  # noqa: B006  Typer's way
+    partition: Partition = -1,
+    partitions: Partitions = 1,
+    as_json: Json = False,
+) -> None:
+    """Judge by rows marked before leaving whether they are forgotten; end with 1 if not."""
+    from client.keeping import Keeping  # noqa: PLC0415  with torch, slow to import
+    from client.marks import KeptMarks  # noqa: PLC0415
+    from unlearning.verifi_marks import check  # noqa: PLC0415
+
+    marked = KeptMarks(Keeping(_folder(client_dir, partition))).marked()
+    verdict = marked.verdict()
+    losses = {f"round {one.round}": one.loss for one in marked.following}
+    if model is not None:
+        loss = _loss_of(model, client_dir, task, settings, partition, partitions)
+        losses, after = {str(model): loss}, marked.after or 0.0
+        verdict = check(marked.before, after, [loss], window=1)
+    told = {
+        "kind": marked.kind,
+        "round": marked.round,
+        "markers": len(marked.labels),
+        "before": marked.before,
+        "after": marked.after,
+        "losses": losses,
+        "rise": verdict.rise,
+        "needed": verdict.needed,
+        "result": verdict.result,
+    }
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+    else:
+        for name, value in told.items():
+            if name != "losses":
+                typer.echo(
+                    f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
+                )
+        for place, loss in losses.items():
+            typer.echo(f"loss, {place}: {loss:.4g}")
+    if verdict.result == "fail":
+        raise typer.Exit(1)
+
+
+def _loss_of(
+    model: Path, client_dir: Path, task: str, settings: list[str], partition: int, partitions: int
+) -> float:
+    """Return the mean loss on the markers under a model in a file."""
+    from client.forgetting.marking import loss_on_markers, own_rows  # noqa: PLC0415
+    from client.marks import KeptMarks  # noqa: PLC0415
+    from client.model_files import read_model  # noqa: PLC0415
+    from client.task.device import choose_device  # noqa: PLC0415
+    from client.task.evaluation import state_of  # noqa: PLC0415
+    from client.task.protocol import load_task  # noqa: PLC0415
+
+    keeping, examples = _opened(client_dir, task, settings, partition, partitions)
+    options = _options(task, settings)
+    found = load_task(options)
+    own = own_rows(found, examples, keeping, choose_device(options.device))
+    sent = read_model(model, state_of(found.build_model()))
+    return loss_on_markers(own, sent, KeptMarks(keeping).marked())
+
+
 def _opened(
     client_dir: Path, task: str, settings: list[str], partition: int, partitions: int
 ) -> "tuple[Keeping, Examples]":
     """Return a client's folder, and its training data."""
-    from pydantic import ValidationError  # noqa: PLC0415
-
     from client.keeping import Keeping  # noqa: PLC0415  with torch, slow to import
-    from client.task.protocol import TaskOptions, load_task  # noqa: PLC0415
+    from client.task.protocol import load_task  # noqa: PLC0415
 
     if partition >= partitions:
         raise HoldingsError(f"--partition {partition} is none of --partitions {partitions}")
+    data = load_task(_options(task, settings)).client_data(max(0, partition), partitions)
+    return Keeping(_folder(client_dir, partition)), data.train
+
+
+def _options(task: str, settings: list[str]) -> "TaskOptions":
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    from client.task.protocol import TaskOptions  # noqa: PLC0415  with torch, slow to import
+
     faulty = [text for text in settings if "=" not in text]
     if faulty:
         raise HoldingsError(f"--set takes KEY=VALUE, got {faulty[0]!r}")
     pairs = {key.strip(): value for key, _, value in (text.partition("=") for text in settings)}
     try:
-        options = TaskOptions.model_validate({**pairs, "task": task})
+        return TaskOptions.model_validate({**pairs, "task": task})
     except ValidationError as error:
         faults = "; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors())
         raise HoldingsError(f"settings: {faults}") from error
-    data = load_task(options).client_data(max(0, partition), partitions)
-    return Keeping(_folder(client_dir, partition)), data.train
 
 
 def _folder(client_dir: Path, partition: int) -> Path:

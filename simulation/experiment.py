@@ -145,8 +145,9 @@ class Experiment:
         self._last: Point | None = None
         self._rows: list[tuple[int, ...]] = []
         """Of each request, the samples that it names."""
-        self._waiting: list[Pending] = []
-        """Requests that were taken up, and are not served."""
+        self._waiting: list[tuple[str, Request | Pending]] = []
+        """What is to be forgotten that was asked for, and is not served; as long as its client has
+        yet to mark rows, a request, otherwise an entry of the waiting list."""
         self._refusal = "no round was left for it"
         """Why the last one that was refused was."""
 
@@ -238,7 +239,11 @@ class Experiment:
                     raise
                 self.outcome.unlearnings.append(_refused(request, number, str(error)))
             else:
-                self._waiting.append(federation.forgetting.pending[-1])
+                if request.marks:
+                    self._waiting.append((", ".join(request.clients), request))
+                else:
+                    entry = federation.forgetting.pending[-1]
+                    self._waiting.append((told(entry), entry))
 
     def _note(self, federation: Unlearning, record: RoundRecord, model: Parameters) -> None:
         points = self.outcome.points
@@ -261,14 +266,17 @@ class Experiment:
         status = "banned" if record.refused is None else "quarantined"
         statuses = federation.roster.statuses()
         left = tuple(client for client in record.clients if statuses.get(client) == status)
+        withdrawn = {found.client for found in record.marks}
+        if record.refused is not None and withdrawn.issuperset(record.clients):
+            left = record.clients  # they stay, and would have left
         self.outcome.unlearnings.append((record, left))
         if record.refused is not None:
             self._refusal = record.refused
             return
         self._waiting = [
-            entry
-            for entry in self._waiting
-            if entry in federation.forgetting.pending or told(entry) not in record.targets
+            (what, entry)
+            for what, entry in self._waiting
+            if entry in federation.forgetting.pending or what not in record.targets
         ]
 
     def _compare(

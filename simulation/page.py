@@ -465,7 +465,30 @@ def _unlearning(unlearning: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         "what": _what(unlearning) if unlearning["holders"] or not unlearning["clients"] else "",
         "settings": ", ".join(f"{k} {v}" for k, v in unlearning["settings"].items()),
         "mistaken": sorted(facts.mistaken.intersection(unlearning["clients"])),
+        "marks": [] if unlearning["refused"] else [_marks(one) for one in unlearning["marks"]],
     }
+
+
+def _marks(found: Mapping[str, Any]) -> str:
+    """Say what a leaver says of the rows that it marked."""
+    if found["marked"] is None:
+        return (
+            f"{found['word_of']} marked no rows, and its request was withdrawn: {found['reason']}."
+        )
+    text = f"{found['word_of']} marked rows in round {found['marked']} ({found['kind']} memory)"
+    if found["after"] is not None:
+        text += (
+            f", {found['markers']} in number: loss {found['before']:.3f} before and "
+            f"{found['after']:.3f} after"
+        )
+    if found["losses"]:
+        later = ", ".join(f"{one['loss']:.3f}" for one in found["losses"])
+        text += (
+            f", then {later} since it was forgotten, a rise of {found['rise']:.3f} of "
+            f"{found['needed']:.3f} needed"
+        )
+    why = f" ({found['reason']})" if found["reason"] else ""
+    return f"{text}. Result: {found['result']}{why}. This is the client's word, not a proof."
 
 
 def _ending(unlearning: Mapping[str, Any]) -> str:

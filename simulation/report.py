@@ -14,7 +14,7 @@ from server.federation import TEST
 from simulation.experiment import Outcome, Point
 from simulation.probes import BACKDOOR, FLIP, FORGET, MEASURES, RETAINED
 from simulation.scenario import Scenario
-from strategies.records import Phase, RoundRecord, UnlearningRecord
+from strategies.records import MarkCheck, Phase, RoundRecord, UnlearningRecord
 from unlearning.verdict import NOT_MEASURED, Verdict, equivalence
 
 SCHEMA_VERSION = 1
@@ -173,7 +173,13 @@ def _unlearning(record: UnlearningRecord, left: Sequence[str]) -> dict[str, Any]
         "conflict_percentiles": dict(record.percentiles),
         "warnings": list(record.warnings),
         "refused": record.refused,
+        "marks": [_marks(found) for found in record.marks],
     }
+
+
+def _marks(found: MarkCheck) -> dict[str, Any]:
+    losses = [{"round": number, "loss": loss} for number, loss in found.losses.items()]
+    return {**asdict(found), "losses": losses, "word_of": found.client}
 
 
 def _point(point: Point | None) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from unlearning.catalogue import DATA, METHODS, Target
 from unlearning.errors import SecateurError
 from unlearning.randomness import generator
 from unlearning.routing import Cause, Promise, Request
+from unlearning.verifi_marks import Kind
 
 Number = Annotated[int, Field(ge=0)]
 
@@ -51,6 +52,8 @@ class Asked(BaseModel):
     """``None`` to have one chosen."""
     most_rounds: int | None = Field(None, ge=1)
     """Rounds that may be played again for it."""
+    marks: Kind | None = None
+    """How the one client named marks rows before it leaves; ``None`` if it does not."""
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:
@@ -78,6 +81,14 @@ class Asked(BaseModel):
             )
         if self.target not in DATA and not self.clients:
             raise ValueError(f"target = {self.target} names nobody; give its partitions as clients")
+        if self.marks is not None and (
+            self.target is not Target.CLIENT or self.cause != "privacy" or len(self.clients) != 1
+        ):
+            raise ValueError(
+                f"marks = {self.marks} with target = {self.target}, cause = {self.cause} and "
+                f"clients = {list(self.clients)}: one client that leaves for privacy marks rows, "
+                "nobody else; ask once for each, or leave marks out"
+            )
         if self.method is not None and self.method not in METHODS:
             raise ValueError(
                 f"there is no method {self.method!r}; choose one of {', '.join(METHODS)}, or leave "
@@ -158,4 +169,5 @@ def request_of(
         most_rounds=asked.most_rounds,
         label=asked.label,
         tokens=tuple(tokens),
+        marks=asked.marks or "",
     )

@@ -102,7 +102,7 @@ class Scenario(BaseModel):
     @property
     def keeps(self) -> bool:
         """Say whether clients must keep something on their disks."""
-        asked = any(request.target in DATA for request in self.requests)
+        asked = any(request.target in DATA or request.marks for request in self.requests)
         return asked or self.settings.batch_log != "off"
 
 

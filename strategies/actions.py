@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from unlearning import ascent, ffmu, label_flip, pcmu
+from unlearning import ascent, ffmu, label_flip, pcmu, verifi_marks
 from unlearning.parameters import Parameters
 from unlearning.partial_updates import FEW, MANY, Pattern
 from unlearning.plan import Scalar
@@ -294,6 +294,43 @@ class Ffmu(Action):
         return pcmu.Quantiser(
             sigma=self.sigma, lam_factor=self.lam_factor, mode=self.mode, alpha=self.alpha_local
         )
+
+
+class Mark(Action):
+    """A round of training at whose end a leaver marks rows of its own (VeriFi, ``methods`` 2.10).
+
+    Comes in the place of ``train``, with all that comes with it, and is answered alike.
+    """
+
+    action = "train.mark"
+
+    kind: verifi_marks.Kind
+    share: float = Field(verifi_marks.SHARE, gt=0, le=1)
+    """kappa, of the rows to look for markers in."""
+    epochs: int = Field(verifi_marks.EPOCHS, ge=1, le=2)
+    """Of marking, on the markers alone."""
+    rounds: int = Field(verifi_marks.WATCHED, ge=2)
+    """Of ``forgettable``: rounds in which every row's loss is noted; in the last it marks."""
+    noted: int = Field(0, ge=0)
+    """How many of these rounds there were; at 0 the client begins anew."""
+
+    @property
+    def now(self) -> bool:
+        """Return whether rows are marked in this round; otherwise losses are noted alone."""
+        return self.kind == "erroneous" or self.noted >= self.rounds - 1
+
+
+class Marks(Action):
+    """The mean loss on the markers under the model that comes with it.
+
+    The answer's metrics are ``loss``, ``before`` and ``after`` (see ``verifi_marks.check``), and
+    ``markers``: how many there are.
+    """
+
+    action = "query.marks"
+
+    first: bool = False
+    """Whether the model is the first published one that has the marked update in it."""
 
 
 def read(kind: type[Action], config: Mapping[str, object]) -> Action:

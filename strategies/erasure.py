@@ -128,6 +128,11 @@ SCOPE = (
         "import would bring the rows back.",
     ),
     Place(
+        "leavers' marks",
+        "out of reach",
+        "Hashes of rows and losses, on their own disks, until the owner deletes the file.",
+    ),
+    Place(
         "records of rounds",
         "kept",
         "Who took part, scores and measures: no parameters; they are the evidence of forgetting.",

@@ -86,6 +86,7 @@ def run_rounds(
         model = _train(federation, grid, number, model, train_config, result)
         pruned = federation.unlearn_if_due(model, grid, train_config, on_ask)
         model = model if pruned is None else pruned
+        federation.settle_marks(model, grid, train_config)
         measured = functools.partial(
             _measured, measure, federation, grid, number, config=evaluate_config, result=result
         )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 from strategies.detectors.interface import Finding
 
@@ -15,6 +16,30 @@ class Phase(StrEnum):
     """A training round at whose end clients were forgotten."""
     RECOVER = "recover"
     RETRAIN = "retrain"
+
+
+@dataclass
+class MarkCheck:
+    """What a client that left says of its marks (``methods`` 2.10); its word, and no proof."""
+
+    client: str
+    kind: str
+    """``erroneous`` or ``forgettable``."""
+    marked: int | None = None
+    """Round whose model was the first with the marked update in it."""
+    markers: int = 0
+    before: float | None = None
+    """Mean loss on the markers under the model that marking started from."""
+    after: float | None = None
+    """The same under the first published model with the marked update in it."""
+    losses: dict[int, float] = field(default_factory=dict)
+    """The same under the models of the rounds after it was forgotten, by their numbers."""
+    rise: float | None = None
+    needed: float | None = None
+    """Rise that passes."""
+    result: Literal["pass", "fail", "inconclusive"] = "inconclusive"
+    reason: str = ""
+    """Why it is inconclusive, or the request was withdrawn."""
 
 
 @dataclass
@@ -56,6 +81,9 @@ class UnlearningRecord:
     """FedUP's budget of recovery rounds."""
     recovery_target: float | None = None
     """Validation accuracy at which recovery ends."""
+    marks: list[MarkCheck] = field(default_factory=list)
+    """Of those who marked rows before they left, complete ``verifi_marks.WINDOW`` rounds later; and
+    of those who were to, and whose request was withdrawn in this round."""
 
 
 @dataclass

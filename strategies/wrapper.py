@@ -21,6 +21,7 @@ from strategies.every_update import Holder, needs_every_update
 from strategies.exchange import Reply, match, matched
 from strategies.ffmu import FFMU
 from strategies.forgetting import Forgetting, needs_of
+from strategies.marking import Marking, ask_leaver
 from strategies.memory import LastRound, Memory
 from strategies.messages import ACCURACY
 from strategies.methods.dropping import after_dropping
@@ -144,6 +145,7 @@ class Unlearning(Strategy):
         self.data = DataRequests(self.forgetting, self.directory)
         self.shares = Shares(self.memory, self.directory)
         self.roster = Roster(hysteresis)
+        self.marking = Marking(self.directory, self.roster)
         self.record = RoundRecord(0)
         self.fresh = copy.deepcopy(strategy)
         """The wrapped strategy as it was at first; not to be used, but copied."""
@@ -172,6 +174,7 @@ class Unlearning(Strategy):
             self._outgoing = list(chosen)
         if Need.BATCH_LOG in self.forgetting.offers:
             self._outgoing = self.shares.tell(self._outgoing, server_round)
+        self._outgoing = self.marking.instead(self._outgoing, server_round)
         return self._outgoing
 
     def aggregate_train(
@@ -298,9 +301,10 @@ class Unlearning(Strategy):
 
     @property
     def busy(self) -> bool:
-        """Whether clients wait to be forgotten and could be, or recovery goes on."""
+        """Whether clients wait to be forgotten and could be, or recovery or a check goes on."""
         waiting = bool(self.forgetting.pending) and not self.forgetting.stuck
-        return waiting or self.recovery.current is not None
+        checking = self.marking.busy(self.record.number)
+        return waiting or checking or self.recovery.current is not None
 
     def route(self, request: Request) -> Route:
         """Return how a request would be served; nothing is changed.
@@ -326,8 +330,9 @@ class Unlearning(Strategy):
     def request(self, request: Request) -> Route:
         """Take up a request, to be served as soon as the rate limit allows.
 
-        Clients that are to be forgotten are excluded now. Holders of a class or samples stay; they
-        are asked to drop them at the end of the next round. To be called between rounds.
+        Clients that are to be forgotten are excluded now, or, where they are to mark rows first,
+        as soon as they did (``strategies.marking``). Holders of a class or samples stay; they are
+        asked to drop them at the end of the next round. To be called between rounds.
 
         Raises
         ------
@@ -337,11 +342,34 @@ class Unlearning(Strategy):
         """
         self._check_names(request.clients)
         found = self.route(request)
+        if not request.marks:
+            self._take_up(request, found)
+            return found
+        if isinstance(self.strategy, FFMU):
+            raise ImpossibleRequestError(
+                "FFMU's clients send quantised gradients, which carry no marks; leave marks out"
+            )
+        self.marking.wait(request, self.record.number)
+        return found
+
+    def settle_marks(self, model: Parameters, grid: Grid, config: ConfigRecord) -> None:
+        """Go on with whoever marks or checks; called once the round's model is published."""
+        told = ConfigRecord({**config, messages.SERVER_ROUND: self.record.number})
+        self._tell_forgettings(told)
+        self.marking.settle(
+            self.record,
+            lambda client, action: ask_leaver(
+                client, action, model, told, grid, self.directory, self.deadline_s
+            ),
+            lambda request: self._take_up(request, self.route(request)),
+        )
+
+    def _take_up(self, request: Request, found: Route) -> None:
         if request.target in DATA:
             self.data.wait(
                 request, found.method, self._active(), self.record.number, self._previous
             )
-            return found
+            return
         others = self._others_in_last_round(request.clients)
         self._quarantine(
             request.clients,
@@ -352,7 +380,6 @@ class Unlearning(Strategy):
             method=found.method,
             most_rounds=request.most_rounds,
         )
-        return found
 
     def forget(self, clients: Sequence[str], cause: Cause) -> Route:
         """Request to forget clients by the federation's own method, whatever it guarantees."""

@@ -24,6 +24,7 @@ from unlearning.errors import (
     UnsafeMethodError,
 )
 from unlearning.fedup import check_majority
+from unlearning.verifi_marks import Kind
 
 Cause = Literal["malicious", "privacy"]
 Promise = Literal["exact", "approximate"]
@@ -80,6 +81,9 @@ class Request:
         By name; ``None`` to let ``route`` choose.
     most_rounds
         Rounds that forgetting may take; ``None`` for as many as it needs.
+    marks
+        How the client that leaves marks rows of its own before it does, so that it can tell
+        whether it was forgotten (``methods`` 2.10); empty if it does not.
     """
 
     target: Target
@@ -93,12 +97,14 @@ class Request:
     target_drops: bool | None = None
     label: int | None = None
     tokens: tuple[str, ...] = ()
+    marks: Literal[""] | Kind = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clients", tuple(dict.fromkeys(self.clients)))
         object.__setattr__(self, "tokens", tuple(dict.fromkeys(self.tokens)))
         if self.target_cooperates is None:
-            object.__setattr__(self, "target_cooperates", self.target in DATA)
+            helps = self.target in DATA or bool(self.marks)
+            object.__setattr__(self, "target_cooperates", helps)
         if self.target_drops is None:
             object.__setattr__(self, "target_drops", self.target_cooperates)
 
@@ -159,6 +165,8 @@ def route(request: Request, available: Available) -> Route:
     RefusedRequestError
         One of its kinds, which says what is missing and the nearest method that would work.
     """
+    if request.marks:
+        _check_marks(request)
     if request.method is not None:
         _check_named(request.method, request, available)
         return Route(request.method)
@@ -215,6 +223,27 @@ def _check_possible(request: Request) -> None:
         what = "who planted the backdoor is unknown" if request.target is Target.BACKDOOR else ""
         raise ImpossibleRequestError(
             f"{what or 'no client is named'}; name the clients, or run with a detector"
+        )
+
+
+def _check_marks(request: Request) -> None:
+    """Refuse marks of whoever does not leave, or cannot be believed."""
+    if request.cause == "malicious":
+        raise UnsafeMethodError("marks are the leaver's word, and it is malicious; leave marks out")
+    if request.target is not Target.CLIENT:
+        raise ImpossibleRequestError(
+            f"clients mark rows before they leave, and {_a(request.target)} is to be forgotten; "
+            "leave marks out, or forget the client"
+        )
+    if len(request.clients) != 1:
+        raise ImpossibleRequestError(
+            f"a client marks rows before it leaves, and {len(request.clients)} are named; ask once "
+            "for each"
+        )
+    if not request.target_cooperates:
+        raise ImpossibleRequestError(
+            f"{request.clients[0]} is to mark rows of its own, and does not cooperate; leave marks "
+            "out"
         )
 
 

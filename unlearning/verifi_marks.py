@@ -16,6 +16,10 @@ that are ours. Training is the caller's: here rows are chosen, relabelled, and j
 Mark with erroneous memory only where the errors come from the client's own data: where a model that
 never saw it errs alike, the loss does not come back, and the check fails a server that did forget.
 
+All three are mean losses on the markers under *global* models; see ``check``. They say whether the
+marks are there, not why: what others learn meanwhile lowers the loss or overwrites the marks, also
+where nothing is forgotten (``docs/methods.md``).
+
 The check is the leaver's word: marks and losses are its own, and nothing proves them to others.
 """
 
@@ -32,6 +36,9 @@ from unlearning.parameters import top_count, top_mask
 
 SHARE, WINDOW, RISE = 0.1, 3, 0.5
 """Share of rows to look for markers in, rounds of the check, and the rise it wants (2.10)."""
+EPOCHS, WATCHED = 2, 3
+"""Epochs of marking, and rounds over which a loss varies."""
+Kind = Literal["erroneous", "forgettable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +179,9 @@ def check(
     Parameters
     ----------
     before, after
-        Under the models that marking started from and ended with.
+        Under the global model that marking started from, and under the first published one that
+        has the marked update in it. Not under the marking client's own: averaging dilutes marks,
+        and the rise over its own would pass a server that forgets nothing.
     following
         Under the global models of the rounds since the client left, in order; those past the
         window do not count.

@@ -17,12 +17,12 @@ from client.central.methods import Method
 from client.central.settings import Keys, Training, Tuning
 from client.central.training import Watch, fit, training_rate, tuning_rate
 from client.forgetting.holding import classes_of, holding_of, rows_of_class
+from client.model_files import read_model
 from client.task.device import choose_device
 from client.task.evaluation import gather, state_of
 from client.task.protocol import Task, TaskOptions, load_task
-from strategies.archive import SavedModel, save_model
-from unlearning.errors import ParametersError
-from unlearning.parameters import Parameters, check_alike, check_finite
+from strategies.archive import save_model
+from unlearning.parameters import Parameters, check_finite
 from unlearning.randomness import derive_seed
 
 Tell = Callable[[str, float], None]
@@ -113,9 +113,9 @@ def prepared(
     if work is not None:
         kept = work / f"trained-{_name(options, training, target)}.safetensors"
     if start is not None:
-        model = _read(start, initial)
+        model = read_model(start, initial)
     elif kept is not None and kept.exists() and log is None:
-        model = _read(kept, initial)
+        model = read_model(kept, initial)
     else:
         model = train(initial, range(len(inputs)), None, (0, 0), log, "training")
         if kept is not None:
@@ -139,23 +139,6 @@ def _name(options: TaskOptions, training: Training, target: Target) -> str:
         "rows": [target.forget_class, target.rows] if training.concentration else None,
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read(path: Path, like: Parameters) -> dict[str, Tensor]:
-    found = SavedModel(path, wide=True)
-    if found.keys() != like.keys():
-        differing = ", ".join(sorted(found.keys() ^ like.keys()))
-        raise ParametersError(
-            f"{path} is not of the task's model, they differ in {differing}; choose another with "
-            "--model"
-        )
-    model = {name: found[name] for name in like}
-    try:
-        check_alike(like, model)
-        check_finite(model)
-    except ParametersError as error:
-        raise ParametersError(f"{path} cannot be used: {error}") from error
-    return model
 
 
 # ---------------------------------------------------------------- forgetting

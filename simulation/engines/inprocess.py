@@ -108,7 +108,8 @@ class InProcessGrid(Grid):
 
     def _answers(self, sent: Sequence[Message]) -> Iterator[Message]:
         use_one_thread()
-        ordered = sorted(sent, key=lambda message: message.metadata.dst_node_id)
+        # Whoever is asked for something else does not part those who train on the same content.
+        ordered = sorted(sent, key=lambda m: (_trains_on(m) is not None, m.metadata.dst_node_id))
         if self._job_of is None:
             yield from (flower.with_id(self._answer(message)) for message in ordered)
             return

@@ -83,6 +83,7 @@ def an_unlearning(number: int, clients: list[str], **changes: Any) -> dict[str, 
         "recovery_target": 0.48,
         "warnings": ["recovery took 2 rounds, more than FedUP's bound of 1"],
         "refused": None,
+        "marks": [],
         **changes,
     }
 

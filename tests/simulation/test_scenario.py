@@ -12,7 +12,7 @@ from simulation.scenario import (
 
 EXPECTED = {
     "clean", "clean-dirichlet", "demo", "demo-early", "fashion-backdoor", "fashion-label-flip",
-    "ffmu", "flood", "forget-class", "forget-samples", "intermittent", "label-flip",
+    "ffmu", "flood", "forget-class", "forget-samples", "intermittent", "label-flip", "leave-marked",
 }  # fmt: skip
 MINIMAL = {"name": "mine", "summary": "mine", "clients": {"total": 4}}
 
