@@ -6,8 +6,9 @@ inputs, so that squares over rows add up to
     sum_i (g_i a_i^T)^2 = (g^2)^T (a^2)
 
 as a product of two matrices. Convolutions, whose gradients are sums over space, are multiplied row
-by row, as many rows at once as stay near the processor. It is ``unlearning.fisher.fisher_statistics`` in a tenth of the time; networks with
-parameters elsewhere, or layers that run twice, are left to that.
+by row, as many rows at once as stay near the processor. It is
+``unlearning.fisher.fisher_statistics`` in a tenth of the time; networks with parameters elsewhere,
+or layers that run twice, are left to that.
 """
 
 from collections.abc import Callable, Mapping
@@ -156,16 +157,23 @@ def _linear(layer: Any, made: _Pass, slope: Tensor) -> dict[str, Tensor]:
 
 
 def _convolution(layer: Any, made: _Pass, slope: Tensor) -> dict[str, Tensor]:
-    weight = layer.weight
-    total = slope.new_zeros(weight[0].numel(), len(weight))
-    size = max(1, NEAR // max(weight[0].numel() * slope[0, 0].numel(), weight.numel()))
-    chunks = zip(made.taken.split(size), slope.flatten(2).split(size), strict=True)
-    for taken, steep in chunks:
+    weight, patch = layer.weight, layer.weight[0].numel()
+    total = slope.new_zeros(len(weight), patch)
+    size = max(1, NEAR // max(patch * slope[0, 0].numel(), weight.numel()))
+    for taken, steep in zip(
+        torch.split(made.taken, size), torch.split(slope.flatten(2), size), strict=True
+    ):
         columns = functional.unfold(
             taken, layer.kernel_size, layer.dilation, layer.padding, layer.stride
-        )
-        total += torch.bmm(columns, steep.transpose(1, 2)).square_().sum(dim=0)
-    found = {"weight": total.T.reshape(weight.shape)}
+        ).transpose(1, 2)
+        if len(taken) > 1:
+            total += torch.bmm(steep, columns).square_().sum(dim=0)
+            continue
+        block = max(1, NEAR // patch)  # a wide layer's gradient is too large even of one row
+        for part, some in zip(torch.split(total, block), torch.split(steep[0], block), strict=True):
+            gradient = some @ columns[0]
+            part.addcmul_(gradient, gradient)
+    found = {"weight": total.reshape(weight.shape)}
     if layer.bias is not None:
         found["bias"] = slope.flatten(2).sum(dim=2).square().sum(dim=0)
     return found
@@ -201,4 +209,3 @@ def _fits(layer: nn.Module, made: _Pass) -> bool:
         plain = layer.groups == 1 and layer.padding_mode == "zeros"
         return plain and not isinstance(layer.padding, str) and made.taken.dim() == 4
     return made.buffers.get("running_mean") is not None
-

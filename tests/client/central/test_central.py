@@ -22,7 +22,7 @@ from unlearning.errors import MissingNeedError, ParametersError
 from unlearning.parameters import copied, trained_names
 from unlearning.partial_updates import shares_by_depth
 
-TRAINING = Training(local_epochs=4, batch_size=10, learning_rate=0.1)
+TRAINING = Training(local_epochs=4, batch_size=10, learning_rate=0.1, momentum=0)
 OPTIONS = TaskOptions(task="tests.client.central.test_central:small", device="cpu")
 
 
@@ -299,7 +299,7 @@ def test_shards_are_those_of_training_without_the_rows(ready):
 
 def test_what_nothing_certifies_is_refused_unless_asked_for(ready):
     with pytest.raises(NotCertifiedError, match="uncertified=true"):
-        ran("pcmu", ready, rounds=2)
+        ran("pcmu", ready, rounds=2, local="full")
     outcome = ran("pcmu", ready, rounds=2, uncertified=True)
     assert outcome.made.warnings[-1].startswith("not_certified")
 
@@ -358,6 +358,20 @@ def test_a_task_without_classes_is_measured_where_it_can_be():
     assert set(grade((case.model,)).values()) == {None}
 
 
+def test_several_models_of_a_task_without_classes_are_averaged(monkeypatch):
+    """Predictions b and 3 b for every row: their mean is 2 b."""
+    seen = []
+    monkeypatch.setattr(Regression, "metrics", lambda *told: seen.append(told[1]) or {})
+    case, grade = prepared(
+        TaskOptions(task="tests.client.central.test_central:regression", device="cpu"),
+        TRAINING.model_copy(update={"learning_rate": 0.001}), Target(None, (2,)),
+    )  # fmt: skip
+    low = {n: torch.zeros_like(t) for n, t in case.model.items()} | {"1.bias": torch.tensor([0.5])}
+    high = low | {"1.bias": torch.tensor([1.5])}
+    grade((low, high))
+    assert [outputs.tolist() for outputs in seen] == [[[1.0]] * len(grade.test[0]), [[1.0]]]
+
+
 # ---------------------------------------------------------------- what is asked for
 
 
@@ -368,9 +382,17 @@ def test_rows_are_named_by_number_and_range(text, rows):
     assert rows_named(text) == rows
 
 
-@pytest.mark.parametrize("text", ["", "x", "3-", "-3", "1,,2", "5-3", "1,1", "1-3,2"])
-def test_rows_that_are_not_named_so(text):
-    with pytest.raises(ParametersError, match=r"names no rows|names a row twice"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((text, "names no rows") for text in ("", "x", "3-", "-3", "1,,2")),
+        *((text, "names a row twice") for text in ("1,1", "1-3,2")),
+        ("1,5-3", "5-3 runs backwards"),
+        ("0-99999999999", "row from 100,000,000 on"),
+    ],
+)
+def test_rows_that_are_not_named_so(text, message):
+    with pytest.raises(SettingsError, match=message):
         rows_named(text)
 
 
