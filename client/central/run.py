@@ -23,7 +23,7 @@ from client.task.device import choose_device
 from client.task.evaluation import gather, state_of
 from client.task.protocol import Task, TaskOptions, load_task
 from strategies.archive import SavedModel, save_model
-from unlearning.errors import NotFiniteError, ParametersError
+from unlearning.errors import MissingNeedError, NotFiniteError, ParametersError
 from unlearning.parameters import Parameters, check_alike, check_finite
 from unlearning.randomness import derive_seed
 
@@ -80,6 +80,11 @@ def prepared(
     if target.forget_class is not None:
         classes = classes_of(initial, holding(rows[:0]))
         rows = rows_of_class(targets, target.forget_class, classes)
+        if not len(rows):
+            raise MissingNeedError(
+                f"no training row is of class {target.forget_class}, so there is nothing to "
+                "forget; take more examples or another class"
+            )
     numbers = tuple(rows.tolist())
     held = holding(rows)  # so that a row that is not there is told before training
     staying = sorted(set(range(len(inputs))) - set(numbers))

@@ -1,11 +1,13 @@
 """``secateur local``: exit codes, one-line errors, files, and what a person sees."""
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from client.central.methods import METHODS
+from client.central.settings import Training, Tuning
 from server.cli import main
 
 SMALL = ["--task", "tests.client.central.test_central:small", "--set", "training.epochs=2",
@@ -211,3 +213,19 @@ def test_a_wrong_name_lists_all(capsys):
     code, _, err = call(capsys, "nosuch", "--forget-class", "1")
     assert code == 2
     assert all(name in err for name in METHODS)
+
+
+def test_the_page_has_every_method_with_its_settings():
+    page = (Path(__file__).parents[2] / "docs/local.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    same_as = {"label-flip": "ascent", "partial-amnesiac": "amnesiac"}
+    for name, method in METHODS.items():
+        told = rows[name] + rows.get(same_as.get(name, ""), "")
+        assert (f"({method.tuned})" in rows[name]) == bool(method.tuned), name
+        for key, field in method.settings.model_fields.items():
+            value = str(field.default).lower() if isinstance(field.default, bool) else field.default
+            shown = "epochs` (" if value is None else f"{field.alias or key}={value}`"
+            assert f"`{shown}" in told, (name, key)
+    for key, field in {**Training.model_fields, **Tuning.model_fields}.items():
+        if key in ("local_epochs", "batch_size", "momentum", "schedule"):
+            assert f"`{field.alias or key}={field.default}`" in page

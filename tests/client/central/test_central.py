@@ -13,7 +13,7 @@ from client.central.run import Target, forgotten, initial_model, prepared, retra
 from client.central.settings import SettingsError, Training, Tuning, read, tables
 from client.central.training import fit, training_rate, tuning_rate
 from client.task.evaluation import gather
-from client.task.protocol import TaskError, TaskOptions
+from client.task.protocol import Split, TaskError, TaskOptions
 from client.train import Job, do
 from tests.client.forgetting.small import CLASSES, CPU, Regression, Small, same
 from unlearning.amnesiac import LoggedUpdate, amnesiac
@@ -28,6 +28,19 @@ OPTIONS = TaskOptions(task="tests.client.central.test_central:small", device="cp
 
 def small(options):
     return Small(Small.mlp if options.model == "mlp" else None)
+
+
+class Lacking(Small):
+    """Nobody has rows of class 2, though the network knows it."""
+
+    def client_data(self, partition, partitions):
+        rows = gather(super().client_data(partition, partitions).train)
+        known = torch.utils.data.TensorDataset(*(part[rows[1] < 2] for part in rows))
+        return Split(known, known)
+
+
+def lacking(options):
+    return Lacking()
 
 
 def regression(options):
@@ -401,6 +414,12 @@ def test_targets_that_there_are_not():
         prepared(OPTIONS, TRAINING, Target(3))
     with pytest.raises(ParametersError, match="no row 60"):
         prepared(OPTIONS, TRAINING, Target(None, (60,)))
+    with pytest.raises(MissingNeedError, match="no training row is of class 2"):
+        prepared(
+            OPTIONS.model_copy(update={"task": "tests.client.central.test_central:lacking"}),
+            TRAINING,
+            Target(2),
+        )
     with pytest.raises(TaskError, match="no task"):
         prepared(TaskOptions(task="nosuch"), TRAINING, Target(0))
 
