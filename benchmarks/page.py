@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.workloads import WORKLOADS
-from simulation.plots import BLUE, FAINT, GREEN, INK, PURPLE, SOFT, STYLE, VERMILLION
+from client.drawing import BLUE, FAINT, GREEN, INK, PURPLE, SOFT, STYLE, VERMILLION
 
 NUMBERS, PAGE, PLOT = "performance.json", "performance.md", "performance.svg"
 BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"

@@ -1,8 +1,9 @@
 """The command for one machine with all the data: ``secateur local``."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from client.files import prepare_folder
 
 commands = typer.Typer(add_completion=False)
 
@@ -22,7 +25,9 @@ def group() -> None:
 
 @commands.command()
 def local(
-    method: Annotated[str, typer.Argument(help="Such as fisher-mask; a wrong one lists all.")],
+    method: Annotated[
+        str, typer.Argument(help="Such as fisher-mask; docs/local.md, or a wrong one, lists all.")
+    ],
     task: Annotated[str, typer.Option(help="Task, or package.module:object.")] = "digits",
     model: Annotated[str, typer.Option(help="Model of the task; its default if left out.")] = "",
     data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set.")] = None,
@@ -56,7 +61,11 @@ def local(
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="For the report. [default: runs/local/METHOD-seedN]"),
+        typer.Option(
+            metavar="DIR",
+            help="For the report. [default: runs/local/METHOD-classN-seedN; a run with other "
+            "settings has its own]",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -72,6 +81,8 @@ def local(
     if method not in METHODS:
         raise SettingsError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
     chosen, given = METHODS[method], tables(set_ or [])
+    if "seed" in given["training"]:
+        raise SettingsError("training.seed is one seed for everything; give it with --seed")
     settings = read(chosen.settings, given[""])
     training = read(Training, {"seed": seed, **given["training"]}, "training")
     tuning = read(Tuning, given["tune"], "tune")
@@ -82,19 +93,44 @@ def local(
          "device": device},
     )  # fmt: skip
     target = Target.named(forget_class, forget_rows)
-    with progress(as_json) as tell, one_thread():
-        case, grade = prepared(
-            options, training, target, start=start, work=work, logs=chosen.logs, tell=tell
-        )
-        outcome = forgotten(case, grade, chosen, settings, tuning, tell=tell)
-        again = retraining(case, grade) if retrain else None
-    report = reports.report_of(method, options, case, settings, tuning, outcome, again)
-    place = out or work / f"{method}-seed{seed}"
-    reports.write(place, report, outcome)
+    what = "rows" if forget_class is None else f"class{forget_class}"
+    told = options.model_dump(exclude={"seed", "device"})
+    usual = told == TaskOptions().model_dump(exclude={"seed", "device"})
+    changes = [told, forget_rows, str(start), set_]
+    own = not usual or forget_rows or start or set_
+    place = out or work / f"{method}-{what}-seed{seed}{digest(changes) if own else ''}"
+    with ready(place, ("report.json", "report.md")):
+        with progress(as_json) as tell, one_thread():
+            case, grade = prepared(
+                options, training, target, start=start, work=work, logs=chosen.logs, tell=tell
+            )
+            outcome = forgotten(case, grade, chosen, settings, tuning, tell=tell)
+            again = retraining(case, grade) if retrain else None
+        report = reports.report_of(method, options, case, settings, tuning, outcome, again)
+        reports.write(place, report, outcome.models)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
         summary(report, place)
+
+
+def digest(changes: object) -> str:
+    """Return a few letters that tell runs with other settings apart."""
+    text = json.dumps(changes, sort_keys=True)
+    return f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+@contextmanager
+def ready(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Make a folder before the work, and leave none behind that was made in vain."""
+    created = prepare_folder(folder, names)
+    try:
+        yield
+    except BaseException:
+        for path in created:
+            with suppress(OSError):  # something else was written there meanwhile
+                path.rmdir()
+        raise
 
 
 @contextmanager
@@ -127,13 +163,16 @@ def progress(quiet: bool) -> Iterator[Callable[[str, float], None]]:
         def tell(stage: str, done: float) -> None:
             if stage not in stages:
                 for earlier in stages.values():
-                    bar.update(earlier, completed=1.0)
-                stages[stage] = bar.add_task(escape(stage), total=1.0)
-            bar.update(stages[stage], completed=done)
+                    bar.update(earlier, total=1.0, completed=1.0)
+                # Without a total the bar moves to and fro: what takes long need not tell how far
+                # it is.
+                stages[stage] = bar.add_task(escape(stage), total=None)
+            if done:
+                bar.update(stages[stage], total=1.0, completed=done)
 
         yield tell
         for stage in stages.values():
-            bar.update(stage, completed=1.0)
+            bar.update(stage, total=1.0, completed=1.0)
 
 
 def summary(report: dict[str, Any], folder: Path) -> None:
@@ -153,11 +192,13 @@ def summary(report: dict[str, Any], folder: Path) -> None:
             table.add_row(title, *(percent(found[key]) for key in COLUMNS))
     console.print(table)
     cost = report["cost"]
-    console.print(
-        f"{cost['seconds']:.2f} s to forget, {cost['tuning_seconds']:.2f} s to fine-tune; "
-        f"guarantee: {escape(report['guarantee'])}",
-        highlight=False,
-    )
+    spent = [f"{cost['seconds']:.2f} s to forget"]
+    if report["tuned"]:
+        spent.append(f"{cost['tuning_seconds']:.2f} s to fine-tune")
+    for key, what in (("training_seconds", "training"), ("retraining_seconds", "retraining")):
+        if cost[key] is not None:
+            spent.append(f"{what} took {cost[key]:.2f} s")
+    console.print(f"{', '.join(spent)}; guarantee: {escape(report['guarantee'])}", highlight=False)
     for warning in report["warnings"]:
         console.print(f"[yellow]{escape(warning)}[/]", highlight=False)
     console.print(escape(f"report: {folder}"), highlight=False, soft_wrap=True)

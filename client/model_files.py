@@ -24,15 +24,17 @@ def read_model(path: Path, like: Parameters) -> dict[str, Tensor]:
     """
     found = SavedModel(path, wide=True)
     if found.keys() != like.keys():
-        differing = ", ".join(sorted(found.keys() ^ like.keys()))
+        differing = sorted(found.keys() ^ like.keys())
         raise ParametersError(
-            f"{path} is not of the task's model, they differ in {differing}; name the task and "
-            "model that it was made with"
+            f"{path} is not of the task's model, they differ in {len(differing)} tensors, such as "
+            f"{', '.join(differing[:3])}; name the task and model that it was made with"
         )
     model = {name: found[name] for name in like}
     try:
         check_alike(like, model)
         check_finite(model)
     except ParametersError as error:
-        raise ParametersError(f"{path} cannot be used: {error}") from error
+        raise ParametersError(
+            f"{path} cannot be used: {error}; name the task and model that it was made with"
+        ) from error
     return model

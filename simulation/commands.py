@@ -1,22 +1,19 @@
 """Commands that run experiments. Everything heavy is imported only when a command runs."""
 
-import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 import typer
 
+from client.files import prepare_folder, write_files
 from server.catalogue import Json, show
-from unlearning.errors import SecateurError
 
 if TYPE_CHECKING:
     from simulation.engines.inprocess import InProcessGrid
@@ -25,6 +22,8 @@ if TYPE_CHECKING:
 
 commands = typer.Typer(add_completion=False)
 
+
+FILES = ("report.json", "report.html")
 
 Engine = Literal["inprocess", "ray"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -141,7 +140,7 @@ def execute(
     scenario = load_scenario(name, overrides)
     batched = batch and engine == "inprocess"
     folder = out or default_folder(scenario, overrides, one_by_one=not batch)
-    created = prepare_folder(folder)
+    created = prepare_folder(folder, FILES)
 
     def clean_up() -> None:
         for path in created:
@@ -269,35 +268,6 @@ def grid_of(scenario: "Scenario", *, batch: bool = True) -> "InProcessGrid":
     return InProcessGrid(client_app(scenario), scenario.clients.total, job_of=job_of)
 
 
-def prepare_folder(
-    folder: Path, names: Sequence[str] = ("report.json", "report.html")
-) -> list[Path]:
-    """Make sure that files of these names can be written; return the folders made, innermost first.
-
-    Raises
-    ------
-    SecateurError
-        If they cannot; no folder is left behind then.
-    """
-    made = []
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        for path in reversed(missing):
-            path.mkdir()
-            made.append(path)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            blocked = [name for name in names if (folder / name).is_dir()]
-        if blocked:
-            raise OSError(errno.EISDIR, f"{blocked[0]} is a folder")
-    except OSError as error:
-        for path in reversed(made):
-            path.rmdir()
-        raise SecateurError(
-            f"cannot write to {folder}: {error.strerror}; choose another folder with --out"
-        ) from error
-    return made[::-1]
-
-
 def write(
     experiment: "Experiment", engine: str, folder: Path, *, batched: bool = False
 ) -> dict[str, Any]:
@@ -318,29 +288,6 @@ def write(
     }
     write_files(folder, files)
     return report
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all of them, in folders where their names say so; each appears complete or not at all.
-
-    Raises
-    ------
-    SecateurError
-        If they cannot be written.
-    """
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as staging:
-            for name, content in files.items():
-                (Path(staging) / name).parent.mkdir(exist_ok=True)
-                (Path(staging) / name).write_bytes(content)
-            for name in files:
-                (folder / name).parent.mkdir(exist_ok=True)
-                os.replace(Path(staging) / name, folder / name)
-    except OSError as error:
-        raise SecateurError(
-            f"the report cannot be written to {folder}: {error.strerror}; free the place or choose "
-            "another folder with --out"
-        ) from error
 
 
 def _given(**values: Any) -> dict[str, Any]:

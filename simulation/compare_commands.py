@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from client.files import prepare_folder, write_files
 from server.catalogue import Json
 from simulation.commands import (
     DataDir,
@@ -20,8 +21,6 @@ from simulation.commands import (
     check_ready,
     grid_of,
     overrides_of,
-    prepare_folder,
-    write_files,
 )
 from unlearning.errors import SecateurError
 

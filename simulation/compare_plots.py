@@ -14,16 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullLocator
 
-from server.federation import TEST
-from simulation.compare_report import (
-    NAMES,
-    Document,
-    accuracy_in,
-    baseline_of,
-    forgetting_of,
-)
-from simulation.comparison import NATURAL, RETRAINED
-from simulation.plots import (
+from client.drawing import (
     BLUE,
     FAINT,
     INK,
@@ -37,6 +28,15 @@ from simulation.plots import (
     legend_above,
     style_of,
 )
+from server.federation import TEST
+from simulation.compare_report import (
+    NAMES,
+    Document,
+    accuracy_in,
+    baseline_of,
+    forgetting_of,
+)
+from simulation.comparison import NATURAL, RETRAINED
 from simulation.probes import FORGET, RETAINED
 
 Trials = Sequence[Mapping[str, Any]]

@@ -1,34 +1,42 @@
 """Figures of a report, as SVG text. The same report gives the same bytes.
 
-Each figure comes in two widths, so that its letters stay readable on a telephone. Colours are
-Okabe and Ito's, which colour-blind people can tell apart; line styles and marks say the same.
+Each figure comes in two widths, so that its letters stay readable on a telephone.
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from io import StringIO
 from itertools import groupby
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from client.drawing import (
+    BLUE,
+    FAINT,
+    INK,
+    NARROW_WIDTH,
+    PURPLE,
+    SOFT,
+    VERMILLION,
+    WARM,
+    WIDTH,
+    Handle,
+    as_svg,
+    legend_above,
+    style_of,
+)
+
 Report = Mapping[str, Any]
 """What ``simulation.report.report_of`` returns."""
-Handle = Line2D | Patch
-"""An entry of a legend."""
 
 ATTACKS = {"backdoor_success": "Backdoor success", "flip_success": "Label-flip success"}
 """Measure of an attack -> its name in figures and tables."""
 
-BLUE, VERMILLION, PURPLE, GREEN = "#0072b2", "#d55e00", "#aa4499", "#117733"
-INK, SOFT, FAINT, WARM = "#24292f", "#6b7280", "#e5e7eb", "#eceff3"
 RECOVERY = "#dff1e6"
 NO_SCORE: dict[str, Any] = {
     "facecolor": "white",
@@ -36,36 +44,8 @@ NO_SCORE: dict[str, Any] = {
     "hatch": "/////",
     "linewidth": 0,
 }
-WIDTH, NARROW_WIDTH = 9.6, 3.5
-"""Inches; letters have the same size in both."""
 MOST_ROWS = 40
 """Clients in the heat map, at most."""
-STYLE: dict[str, Any] = {
-    "axes.edgecolor": SOFT,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 8.5,
-    "axes.titleweight": "bold",
-    "axes.labelsize": 8.5,
-    "figure.facecolor": "white",
-    "font.family": "sans-serif",
-    "font.size": 8.5,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "legend.handlelength": 2.2,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": SOFT,
-    "xtick.labelcolor": INK,
-    "xtick.labelsize": 8,
-    "ytick.color": SOFT,
-    "ytick.labelcolor": INK,
-    "ytick.labelsize": 8,
-}
 
 
 def figures(report: Report, *, narrow: bool = False) -> dict[str, str]:
@@ -406,11 +386,6 @@ def _statistic(
 
 
 # ---------------------------------------------------------------- shared
-def style_of(name: str) -> Any:
-    """Return Matplotlib's settings for a figure of this name."""
-    return STYLE | {"svg.hashsalt": name}
-
-
 def _warm_up(report: Report) -> int:
     """Return the rounds in which flags do not count; 0 where nobody looks."""
     settings = report["settings"]
@@ -428,12 +403,6 @@ def _round_axis(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlabel("Round")
 
 
-def legend_above(figure: Figure, handles: Sequence[Handle], *, columns: int) -> None:
-    """Draw one legend for the whole figure, if there is anything in it."""
-    if handles:
-        figure.legend(handles=list(handles), loc="outside upper left", ncols=columns)
-
-
 def one_line(text: str, most: int) -> str:
     """Return text from outside on one printable line of bounded length."""
     line = "".join(character if character.isprintable() else " " for character in text)
@@ -444,24 +413,3 @@ def _listed(names: Sequence[str], most: int) -> str:
     shown = ", ".join(one_line(name, 18) for name in names[:most])
     more = len(names) - most
     return f"{shown} and {more} more" if more > 0 else shown
-
-
-def as_svg(figure: Figure, name: str, title: str) -> str:
-    """Return the figure as one ``<svg>`` element whose ids no other figure has."""
-    FigureCanvasSVG(figure)
-    buffer = StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    # Matplotlib's own rule would hold for every figure of a page: it is inherited instead.
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, count=1, flags=re.DOTALL)
-    joints = 'stroke-linejoin="round" stroke-linecap="butt"'
-    text = text.replace("<svg", f'<svg role="img" aria-label="{title}" {joints}', 1)
-    # Text is escaped, so that whatever stands between < and > is a tag.
-    return re.sub(r"<[^>]*>", lambda tag: _own_ids(tag[0], name), text)
-
-
-def _own_ids(tag: str, name: str) -> str:
-    tag = re.sub(r'\bid="', f'id="{name}-', tag)
-    return re.sub(r'(href="|url\()#', rf"\1#{name}-", tag)

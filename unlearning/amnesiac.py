@@ -303,7 +303,7 @@ def concentrated_batches(
     if known and not count <= len(known) <= room:
         raise ParametersError(
             f"{len(known)} samples do not fit into {count} of {len(sizes)} batches, which take "
-            f"{count} to {room}"
+            f"{count} to {room}; choose another share"
         )
     return _filled(sizes, known, holding, size, generator)
 

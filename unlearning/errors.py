@@ -12,7 +12,8 @@ SecateurError                   one line: the rule, the value, the remedy
 │   ├── NoExactMethodError      exact forgetting was asked for, of a method that is not
 │   ├── NotCertifiedError       a deletion that the training does not certify
 │   └── BudgetError             forgetting would take more rounds than allowed
-└── ParametersError             two models that should be alike are not, or hold NaN or Inf
+└── ParametersError             two models that should be alike are not, or a number is out of range
+    └── NotFiniteError          ... or a model holds NaN or Inf
 """
 
 
@@ -61,6 +62,10 @@ class BudgetError(RefusedRequestError):
 
 class ParametersError(SecateurError, ValueError):
     """Parameter maps that should be alike differ, or hold values that are not finite."""
+
+
+class NotFiniteError(ParametersError):
+    """A model holds NaN or Inf: whatever made it diverged."""
 
 
 class NoBatchLogError(MissingNeedError):

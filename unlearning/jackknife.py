@@ -241,7 +241,10 @@ def correction(hessian: Tensor, gradient: Tensor, samples: int, ridge: float = R
     damped = average + ridge * torch.eye(len(average), dtype=torch.float64, device=average.device)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
-        raise ParametersError("a Hessian has no negative eigenvalues, and these sums have")
+        raise ParametersError(
+            f"a Hessian has no negative eigenvalues, and these sums have, with a ridge of {ridge}; "
+            "raise the ridge"
+        )
     return torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1) / samples
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unlearning.errors import ParametersError
+from unlearning.errors import NotFiniteError, ParametersError
 
 Parameters = Mapping[str, Tensor]
 
@@ -42,10 +42,10 @@ def _check_form(name: str, tensor: Tensor, other: Tensor) -> None:
 
 
 def check_finite(model: Parameters) -> None:
-    """Raise ``ParametersError`` if a floating-point tensor holds NaN or Inf."""
+    """Raise ``NotFiniteError`` if a floating-point tensor holds NaN or Inf."""
     for name, tensor in model.items():
         if not _is_finite(tensor):
-            raise ParametersError(f"tensor {name} holds values that are not finite")
+            raise NotFiniteError(f"tensor {name} holds values that are not finite")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -2,21 +2,33 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from client.central.log import Log
-from client.central.settings import Training
+from client.central.settings import SettingsError, Training
 from client.forgetting.holding import classes_of
 from client.forgetting.interface import Holding, Rows
 from client.task.evaluation import accuracy_of, gather
 from client.task.protocol import Split, Task, server_data, size_of
 from strategies.actions import Selection
-from unlearning.errors import MissingNeedError, ParametersError
+from unlearning.errors import MissingNeedError
 from unlearning.metrics import accuracy
 from unlearning.parameters import Parameters
+
+Tell = Callable[[str, float], None]
+"""Told of a stage, and of the share of it that is done."""
+
+
+def untold(stage: str, done: float) -> None:
+    """Tell nobody."""
+    del stage, done
+
+
+MOST_ROWS = 100_000_000
+"""Of a training set on one machine; a list of their numbers still fits into memory."""
 
 Models = tuple[Parameters, ...]
 """One model, or several whose probabilities are averaged."""
@@ -45,6 +57,8 @@ class Case:
     train
         Trains a model on the training rows with these numbers, as the original was: from a start,
         for so many epochs (the training's where ``None``), under a purpose.
+    tell
+        Told of what takes long.
     """
 
     task: Task
@@ -56,6 +70,7 @@ class Case:
     forget_class: int | None
     train: "Trainer"
     log: Log | None = None
+    tell: Tell = untold
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -77,10 +92,29 @@ class Case:
         return len(self.holding.forget[0]) + len(self.holding.remain[0])
 
 
-Trainer = Callable[
-    [Parameters, Sequence[int] | None, int | None, tuple[int, int]], dict[str, Tensor]
-]
-"""Start, numbers of rows (``None`` for those that remain), epochs, purpose -> model."""
+class Trainer(Protocol):
+    """Trains as the original was trained."""
+
+    def __call__(
+        self,
+        begin: Parameters,
+        chosen: Sequence[int] | None,
+        epochs: int | None,
+        purpose: tuple[int, int],
+        *,
+        stage: str | None = "training without the rows",
+    ) -> dict[str, Tensor]:
+        """Return a model.
+
+        Parameters
+        ----------
+        chosen
+            Numbers of rows; ``None`` for those that remain.
+        epochs
+            ``None`` for the training's.
+        stage
+            What is told of each epoch, if anything.
+        """
 
 
 @dataclass(frozen=True)
@@ -97,6 +131,8 @@ class Made:
         Numbers to report.
     guarantee
         ``exact``, ``none``, or a statement with its conditions.
+    seconds, training_seconds
+        Of methods that train in a way of their own: of forgetting alone, and of that training.
     """
 
     models: Models
@@ -105,7 +141,7 @@ class Made:
     warnings: tuple[str, ...] = ()
     guarantee: str = "none"
     seconds: float | None = None
-    """Of forgetting alone, where a method first trains."""
+    training_seconds: float | None = None
 
 
 def selected(settings: dict[str, Any], kind: type[Selection], case: Case) -> Any:
@@ -167,6 +203,8 @@ class Graded:
         outputs = [self.case.holding.forward(model, inputs) for model in models]
         if len(outputs) == 1:
             return outputs[0]
+        if self.classes is None:
+            return torch.stack(outputs).mean(dim=0)
         return torch.stack([output.softmax(dim=1) for output in outputs]).mean(dim=0).log()
 
     def _forget(self, models: Models) -> float | None:
@@ -192,15 +230,20 @@ def rows_named(text: str) -> tuple[int, ...]:
 
     Raises
     ------
-    ParametersError
-        If it names none, or one twice.
+    SettingsError
+        If it names none, one twice, or more than a training set may have.
     """
     rows: list[int] = []
     for part in text.replace(" ", "").split(","):
         first, dash, last = part.partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not dash)):
-            raise ParametersError(f"{text!r} names no rows; give numbers, such as 1,5,7-20")
-        rows += range(int(first), int(last or first) + 1)
-    if len(set(rows)) < len(rows) or not rows:
-        raise ParametersError(f"{text!r} names a row twice, or none; give each once")
+            raise SettingsError(f"{text!r} names no rows; give numbers, such as 1,5,7-20")
+        named = range(int(first), int(last or first) + 1)
+        if not named:
+            raise SettingsError(f"{part} runs backwards; give the smaller number first")
+        if named[-1] >= MOST_ROWS:
+            raise SettingsError(f"{part} names a row from {MOST_ROWS:,} on; no training has those")
+        rows += named
+    if len(set(rows)) < len(rows):
+        raise SettingsError(f"{text!r} names a row twice; give each once")
     return tuple(sorted(rows))

@@ -14,7 +14,7 @@ from client.forgetting.statistics import fisher_of
 from client.forgetting.steps import do
 from strategies import actions
 from unlearning import jackknife, noisy_descent, sisa
-from unlearning.parameters import Parameters
+from unlearning.parameters import Parameters, byte_size
 from unlearning.randomness import generator
 from unlearning.sums import Statistics, added
 
@@ -85,24 +85,41 @@ def shards(settings: Sisa, case: Case) -> Made:
     # As many steps as training needs: a row of the first slice is seen in every one.
     epochs = max(1, round(2 * case.training.local_epochs / (settings.slices + 1)))
 
-    def train(model: Parameters, rows: tuple[int, ...], purpose: tuple[int, int]) -> Parameters:
-        return case.train(model, rows, epochs, (2 + purpose[0], purpose[1]))
-
     draw = generator(seed, "sisa")
     division = sisa.divided(range(case.all_rows), settings.shards, settings.slices, draw)
-    checkpoints = sisa.trained(case.start, division, train)
-    started = time.perf_counter()
-    rest, again = sisa.unlearned(case.start, division, checkpoints, case.rows, train)
     first = sisa.touched(division, case.rows)
+    concerned = sum(settings.slices - place for place in first.values())
+
+    def trainer(stage: str, slices: int) -> sisa.Train:
+        done = 0
+
+        def train(model: Parameters, rows: tuple[int, ...], purpose: tuple[int, int]) -> Parameters:
+            nonlocal done
+            made = case.train(model, rows, epochs, (2 + purpose[0], purpose[1]), stage=None)
+            done += 1
+            case.tell(stage, done / slices)
+            return made
+
+        return train
+
+    started = time.perf_counter()
+    every = settings.shards * settings.slices
+    checkpoints = sisa.trained(case.start, division, trainer("training the shards", every))
+    trained = time.perf_counter()
+    again_of = trainer("training shards again", concerned)
+    rest, again = sisa.unlearned(case.start, division, checkpoints, case.rows, again_of)
     return Made(
         tuple(sisa.members(rest, again).values()),
         tuple(sisa.members(division, checkpoints).values()),
         {
             "shards_retrained": len(first),
-            "slices_retrained": sum(settings.slices - place for place in first.values()),
+            "slices_retrained": concerned,
+            "slices": every,
+            "checkpoint_bytes": byte_size(model for shard in checkpoints for model in shard),
         },
         guarantee="exact",
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - trained,
+        training_seconds=trained - started,
     )
 
 
@@ -132,14 +149,23 @@ def noisy(settings: Noisy, case: Case) -> Made:
     """
     holding = case.holding
     numbers = {"noisy_rate": settings.rate, **settings.model_dump(exclude={"rate", "steps"})}
+    asked = actions.Noisy(**numbers)
     everything = dataclasses.replace(holding, remain=case.everything)
-    asked = actions.Noisy(**numbers, steps=settings.steps)
-    before = do(asked, case.start, everything).arrays
     more = noisy_descent.unlearning_rounds(settings.steps)
+
+    def steps(model: Parameters, held: Holding, first: int, count: int, stage: str) -> Parameters:
+        # One after the other, as the rounds of a federation are.
+        for number in range(count):
+            now = dataclasses.replace(held, purpose=(first + number, held.purpose[1]))
+            model = do(asked, model, now).arrays
+            case.tell(stage, (number + 1) / count)
+        return model
+
     started = time.perf_counter()
-    later = dataclasses.replace(holding, purpose=(1, holding.purpose[1]))
-    after = do(actions.Noisy(**numbers, steps=more), before, later).arrays
-    seconds = time.perf_counter() - started
+    before = steps(case.start, everything, 0, settings.steps, "training with noise")
+    trained = time.perf_counter()
+    after = steps(before, holding, settings.steps, more, "going on without the rows")
+    seconds = time.perf_counter() - trained
     bound = None
     if case.rows:
         bound = noisy_descent.guarantee(
@@ -154,6 +180,7 @@ def noisy(settings: Noisy, case: Case) -> Made:
         {"steps": settings.steps, "unlearning_steps": more},
         guarantee=noisy_descent.statement(bound),
         seconds=seconds,
+        training_seconds=trained - started,
     )
 
 

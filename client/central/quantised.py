@@ -1,5 +1,6 @@
 """PCMU: train by quantised gradients, and ask whether a deletion would have changed a step."""
 
+import time
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from unlearning.parameters import Parameters
 from unlearning.randomness import generator
 
 CHUNK = 64
+REMEDY = "set uncertified=true to measure the model as it is"
 
 
 class Pcmu(Keys):
@@ -45,6 +47,9 @@ def prompt(settings: Pcmu, case: Case) -> Made:
     )
     full = settings.local == "full"
     model: Parameters = case.start
+    if not settings.uncertified:  # told before training
+        _check_certifiable(model, quantiser, settings)
+    started = time.perf_counter()
     check = certificates.ExactCheck()
     for number in range(1, settings.rounds + 1):
         rate = ffmu.learning_rate(number, settings.rounds, settings.rate)
@@ -54,20 +59,34 @@ def prompt(settings: Pcmu, case: Case) -> Made:
             check = check.after(masks)
         else:
             model = _along(model, case, rate, quantiser, number)
+        case.tell("training in quantised steps", number / settings.rounds)
+    trained = time.perf_counter()
     told = pcmu.dead_zone(quantiser)
     warnings = () if told is None else (told,)
-    notes = {"certified_share": check.share}
+    guarantee = "exact"
     try:
-        if full:
-            certificates.check_certifiable(model, quantiser, full=full)
-        kept = certificates.answer(model, check, settings.rounds)
+        _check_certifiable(model, quantiser, settings)
+        model = certificates.answer(model, check, settings.rounds)
     except NotCertifiedError as refusal:
         if not settings.uncertified:
-            raise NotCertifiedError(
-                f"{refusal}, or set uncertified=true to measure the model as it is"
-            ) from refusal
-        return Made((model,), (model,), notes, (*warnings, f"not_certified: {refusal}"))
-    return Made((kept,), (model,), notes, warnings, guarantee="exact")
+            raise NotCertifiedError(f"{refusal}, or {REMEDY}") from refusal
+        warnings, guarantee = (*warnings, f"not_certified: {refusal}"), "none"
+    return Made(
+        (model,),
+        (model,),
+        {"rounds": settings.rounds, "certified_share": check.share},
+        warnings,
+        guarantee,
+        seconds=time.perf_counter() - trained,
+        training_seconds=trained - started,
+    )
+
+
+def _check_certifiable(model: Parameters, quantiser: pcmu.Quantiser, settings: Pcmu) -> None:
+    try:
+        certificates.check_certifiable(model, quantiser, full=settings.local == "full")
+    except NotCertifiedError as refusal:
+        raise NotCertifiedError(f"{refusal}; set local=full, or {REMEDY}") from refusal
 
 
 def _along(

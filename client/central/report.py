@@ -1,22 +1,22 @@
 """``report.json`` and ``report.md`` of one machine that forgot."""
 
 import json
-import os
 import platform
-import tempfile
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from client.central.case import Case
+from client.central.case import Case, Models
+from client.central.figures import figures
 from client.central.run import Outcome
 from client.central.settings import Keys, Tuning
+from client.files import write_files
 from client.task.protocol import TaskOptions
 from strategies.archive import save_model
-from unlearning.errors import SecateurError
 
 SCHEMA_VERSION = 1
 COLUMNS = {
@@ -27,6 +27,8 @@ COLUMNS = {
     "test": "all",
 }
 """Measure -> what it is called."""
+OURS = re.compile(r"model(-[0-9]+)?\.safetensors|plots/(classes|curves)\.svg")
+"""Files that a report may have and another of the same folder may not."""
 POINTS = {
     "before": "before",
     "unlearned": "unlearned",
@@ -74,19 +76,28 @@ def report_of(
         "after": outcome.after,
         "retrained": None if retrained is None else retrained[0],
         "cost": {
+            "training_seconds": outcome.made.training_seconds,
             "seconds": outcome.seconds,
             "tuning_seconds": outcome.tuning_seconds,
             "tuning_epochs": len(outcome.tuned),
             "retraining_seconds": None if retrained is None else retrained[1],
             **outcome.made.notes,
         },
+        "models": names_of(outcome.models),
         "guarantee": outcome.made.guarantee,
         "warnings": list(outcome.made.warnings),
     }
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """Return the report as a page."""
+def names_of(models: Models) -> list[str]:
+    """Return the files of the models, an ensemble's numbered from 1."""
+    if len(models) == 1:
+        return ["model.safetensors"]
+    return [f"model-{number}.safetensors" for number in range(1, len(models) + 1)]
+
+
+def markdown(report: Mapping[str, Any], drawn: Iterable[str] = ()) -> str:
+    """Return the report as a page, with figures from these files."""
     gone = report["forgotten"]
     what = f"class {gone['class']}, {gone['rows']}" if gone["kind"] == "class" else gone["rows"]
     lines = [
@@ -103,6 +114,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         found = report[point]
         if found is not None and not (point == "after" and not report["tuned"]):
             lines.append(f"| {title} | {' | '.join(percent(found[key]) for key in COLUMNS)} |")
+    lines += [f"\n![{Path(name).stem}]({name})" for name in drawn]
     lines += ["", "| cost | |", "|---|---|"]
     lines += [
         f"| {key.replace('_', ' ')} | {_short(value)} |"
@@ -123,29 +135,24 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write(folder: Path, report: Mapping[str, Any], outcome: Outcome) -> None:
-    """Write the report, and the model where it is one; each file appears whole or not at all.
+def write(folder: Path, report: Mapping[str, Any], models: Models) -> None:
+    """Write the models, then report and figures; what an earlier report had beyond them is removed.
 
     Raises
     ------
     SecateurError
         If they cannot be written.
     """
-    files = {
+    for name, model in zip(report["models"], models, strict=True):
+        save_model(folder / name, model)
+    drawn = {f"plots/{name}.svg": text for name, text in figures(report).items()}
+    pages = {
         "report.json": json.dumps(report, indent=2) + "\n",
-        "report.md": markdown(report),
+        "report.md": markdown(report, drawn),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as staging:
-            for name, text in files.items():
-                (Path(staging) / name).write_text(text, encoding="utf-8")
-            for name in files:
-                os.replace(Path(staging) / name, folder / name)
-    except OSError as error:
-        raise SecateurError(
-            f"the report cannot be written to {folder}: {error.strerror}; choose another folder "
-            "with --out"
-        ) from error
-    if len(outcome.models) == 1:
-        save_model(folder / "model.safetensors", outcome.models[0])
+    write_files(folder, {name: text.encode() for name, text in {**drawn, **pages}.items()})
+    told = {*report["models"], *drawn}
+    for path in (*folder.glob("model*"), *folder.glob("plots/*")):
+        name = path.relative_to(folder).as_posix()
+        if OURS.fullmatch(name) and name not in told:
+            path.unlink()

@@ -1,9 +1,10 @@
 """From a task to numbers: train, forget, fine-tune, measure."""
 
+import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from client.central.case import Case, Graded, Made, Models, graded, rows_named
+from client.central.case import Case, Graded, Made, Models, Tell, graded, rows_named, untold
 from client.central.log import Log
 from client.central.methods import Method
 from client.central.settings import Keys, Training, Tuning
 from client.central.training import Watch, fit, training_rate, tuning_rate
+from client.files import prepare_folder
 from client.forgetting.holding import classes_of, holding_of, rows_of_class
 from client.model_files import read_model
 from client.task.device import choose_device
 from client.task.evaluation import gather, state_of
 from client.task.protocol import Task, TaskOptions, load_task
 from strategies.archive import save_model
+from unlearning.errors import MissingNeedError, NotFiniteError, ParametersError
 from unlearning.parameters import Parameters, check_finite
 from unlearning.randomness import derive_seed
-
-Tell = Callable[[str, float], None]
-"""Told of a stage, and of the share of it that is done."""
-
-
-def untold(stage: str, done: float) -> None:
-    """Tell nobody."""
-    del stage, done
 
 
 @dataclass(frozen=True)
@@ -86,6 +81,11 @@ def prepared(
     if target.forget_class is not None:
         classes = classes_of(initial, holding(rows[:0]))
         rows = rows_of_class(targets, target.forget_class, classes)
+        if not len(rows):
+            raise MissingNeedError(
+                f"no training row is of class {target.forget_class}, so there is nothing to "
+                "forget; take more examples or another class"
+            )
     numbers = tuple(rows.tolist())
     held = holding(rows)  # so that a row that is not there is told before training
     staying = sorted(set(range(len(inputs))) - set(numbers))
@@ -95,33 +95,41 @@ def prepared(
         chosen: Sequence[int] | None,
         epochs: int | None,
         purpose: tuple[int, int],
+        *,
         watch: Watch | None = None,
-        stage: str = "training without the rows",
+        stage: str | None = "training without the rows",
     ) -> dict[str, Tensor]:
         places = torch.tensor(staying if chosen is None else list(chosen), dtype=torch.long)
         count = training.local_epochs if epochs is None else epochs
+
+        def told(epoch: int, _: Parameters) -> None:
+            if stage is not None:
+                tell(stage, epoch / count)
+
         # Only a training with these rows can keep them together.
         together = numbers if chosen is not None and len(places) == len(inputs) else ()
         return fit(
             task, begin, (inputs[places], targets[places]), training, epochs=count,
             rate=training_rate(training), purpose=purpose, device=device, concentrated=together,
-            watch=watch, each=lambda epoch, _: tell(stage, epoch / count),
+            watch=watch, each=told,
         )  # fmt: skip
 
     log = Log(frozenset(numbers)) if logs and start is None else None
     kept = None
     if work is not None:
         kept = work / f"trained-{_name(options, training, target)}.safetensors"
+        prepare_folder(work, (kept.name,), "--work")
     if start is not None:
         model = read_model(start, initial)
     elif kept is not None and kept.exists() and log is None:
         model = read_model(kept, initial)
     else:
-        model = train(initial, range(len(inputs)), None, (0, 0), log, "training")
+        model = train(initial, range(len(inputs)), None, (0, 0), watch=log, stage="training")
         if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
             save_model(kept, model)
-    case = Case(task, held, initial, model, training, numbers, target.forget_class, train, log)
+    case = Case(
+        task, held, initial, model, training, numbers, target.forget_class, train, log, tell
+    )  # fmt: skip
     return case, graded(case, data)
 
 
@@ -188,16 +196,29 @@ def forgotten(
     """
     tell("forgetting", 0.0)
     started = time.perf_counter()
-    made = method.run(settings, case)
+    try:
+        made = method.run(settings, case)
+        for model in made.models:
+            check_finite(model)
+    except NotFiniteError as error:
+        raise ParametersError(
+            f"the method diverged: {error}; lower its rate or the number of its steps with --set"
+        ) from error
     seconds = time.perf_counter() - started if made.seconds is None else made.seconds
-    for model in made.models:
-        check_finite(model)
     tell("measuring", 0.0)
     before = grade(made.before or (case.model,))
     unlearned = grade(made.models)
     epochs = method.tuned if tuning.epochs is None else tuning.epochs
     # An ensemble is no model to train on with, and without rows there is nothing to train on.
-    if not epochs or len(made.models) != 1 or not len(case.holding.remain[0]):
+    reason = (
+        f"{len(made.models)} models make one prediction" if len(made.models) != 1
+        else "no rows remain" if not len(case.holding.remain[0])
+        else ""
+    )  # fmt: skip
+    if reason and epochs:
+        warning = f"not_tuned: {reason}, so that there is nothing to fine-tune"
+        made = dataclasses.replace(made, warnings=(*made.warnings, warning))
+    if reason or not epochs:
         return Outcome(made, before, unlearned, models=made.models, seconds=seconds)
     tuned: list[dict[str, Any]] = []
     spent = 0.0

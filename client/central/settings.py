@@ -25,21 +25,22 @@ class Keys(BaseModel):
     """Settings of a method; a key that it does not know is a fault."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, alias_generator=kebab
-    )
+        extra="forbid", frozen=True, populate_by_name=True, alias_generator=kebab,
+        allow_inf_nan=False,
+    )  # fmt: skip
 
 
 class Training(LocalTraining):
     """Training on one machine: as a client's of a single round, and of several epochs."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, alias_generator=kebab
-    )
+    model_config = Keys.model_config
 
     local_epochs: int = Field(8, ge=1, alias="epochs")
     """Passes over the data. Milestones count them too."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(64, ge=1)
     """Examples per step."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD: a single round is short, and small data sets are not learned without."""
     concentration: float = Field(0, ge=0, le=1)
     """Share of an epoch's batches that hold rows to forget; 0 where chance decides."""
 

@@ -123,7 +123,10 @@ class _Channels:
     def __init__(self, model: Parameters, holding: Holding) -> None:
         self._convolutions = structure_for(holding).convolutions
         if not self._convolutions:
-            raise MissingNeedError("a channel method needs a network with convolutions")
+            raise MissingNeedError(
+                "a channel method needs a network with convolutions, and this one has none; take "
+                "a model with some, or fisher-mask"
+            )
         self._network = network_of(holding)
         self._model = on_device(model, holding)
         self._holding = holding

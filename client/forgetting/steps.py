@@ -26,11 +26,13 @@ from strategies.actions import (
     Rcad,
     Statistics,
 )
-from unlearning.errors import ParametersError
+from unlearning.errors import NotFiniteError, ParametersError
 from unlearning.parameters import Parameters, check_finite
 
 Step = Callable[[Any, Parameters, Holding], Outcome]
 """Settings, what came with them, and what there is to compute with -> what came of it."""
+
+REMEDY = "lower its learning rate or the number of its epochs"
 
 STEPS: dict[type[Action], Step] = {
     Ascend: ascend,
@@ -63,11 +65,11 @@ def do(settings: Action, model: Parameters, holding: Holding) -> Outcome:
     if step is None:
         known = ", ".join(sorted(kind.action for kind in STEPS))
         raise ParametersError(f"there is no step {settings.action}; known are {known}")
-    outcome = step(settings, model, holding)
     try:
+        outcome = step(settings, model, holding)
         check_finite(outcome.arrays)
-    except ParametersError as error:
-        raise ParametersError(f"{settings.action} diverged: {error}") from error
+    except NotFiniteError as error:
+        raise ParametersError(f"{settings.action} diverged: {error}; {REMEDY}") from error
     if settings.action.startswith("train."):
         _check_loss(settings, outcome.arrays, holding)
     return outcome
@@ -80,6 +82,5 @@ def _check_loss(settings: Action, model: Parameters, holding: Holding) -> None:
             loss: Tensor = holding.loss(predicted(model, holding, rows), rows[1]).mean()
             if not bool(torch.isfinite(loss)):
                 raise ParametersError(
-                    f"{settings.action} diverged: the loss is {float(loss)}; lower its learning "
-                    "rate or the number of its epochs"
+                    f"{settings.action} diverged: the loss is {float(loss)}; {REMEDY}"
                 )

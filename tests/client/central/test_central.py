@@ -13,7 +13,7 @@ from client.central.run import Target, forgotten, initial_model, prepared, retra
 from client.central.settings import SettingsError, Training, Tuning, read, tables
 from client.central.training import fit, training_rate, tuning_rate
 from client.task.evaluation import gather
-from client.task.protocol import TaskError, TaskOptions
+from client.task.protocol import Split, TaskError, TaskOptions
 from client.train import Job, do
 from tests.client.forgetting.small import CLASSES, CPU, Regression, Small, same
 from unlearning.amnesiac import LoggedUpdate, amnesiac
@@ -22,12 +22,25 @@ from unlearning.errors import MissingNeedError, ParametersError
 from unlearning.parameters import copied, trained_names
 from unlearning.partial_updates import shares_by_depth
 
-TRAINING = Training(local_epochs=4, batch_size=10, learning_rate=0.1)
+TRAINING = Training(local_epochs=4, batch_size=10, learning_rate=0.1, momentum=0)
 OPTIONS = TaskOptions(task="tests.client.central.test_central:small", device="cpu")
 
 
 def small(options):
     return Small(Small.mlp if options.model == "mlp" else None)
+
+
+class Lacking(Small):
+    """Nobody has rows of class 2, though the network knows it."""
+
+    def client_data(self, partition, partitions):
+        rows = gather(super().client_data(partition, partitions).train)
+        known = torch.utils.data.TensorDataset(*(part[rows[1] < 2] for part in rows))
+        return Split(known, known)
+
+
+def lacking(options):
+    return Lacking()
 
 
 def regression(options):
@@ -299,7 +312,7 @@ def test_shards_are_those_of_training_without_the_rows(ready):
 
 def test_what_nothing_certifies_is_refused_unless_asked_for(ready):
     with pytest.raises(NotCertifiedError, match="uncertified=true"):
-        ran("pcmu", ready, rounds=2)
+        ran("pcmu", ready, rounds=2, local="full")
     outcome = ran("pcmu", ready, rounds=2, uncertified=True)
     assert outcome.made.warnings[-1].startswith("not_certified")
 
@@ -358,6 +371,20 @@ def test_a_task_without_classes_is_measured_where_it_can_be():
     assert set(grade((case.model,)).values()) == {None}
 
 
+def test_several_models_of_a_task_without_classes_are_averaged(monkeypatch):
+    """Predictions b and 3 b for every row: their mean is 2 b."""
+    seen = []
+    monkeypatch.setattr(Regression, "metrics", lambda *told: seen.append(told[1]) or {})
+    case, grade = prepared(
+        TaskOptions(task="tests.client.central.test_central:regression", device="cpu"),
+        TRAINING.model_copy(update={"learning_rate": 0.001}), Target(None, (2,)),
+    )  # fmt: skip
+    low = {n: torch.zeros_like(t) for n, t in case.model.items()} | {"1.bias": torch.tensor([0.5])}
+    high = low | {"1.bias": torch.tensor([1.5])}
+    grade((low, high))
+    assert [outputs.tolist() for outputs in seen] == [[[1.0]] * len(grade.test[0]), [[1.0]]]
+
+
 # ---------------------------------------------------------------- what is asked for
 
 
@@ -368,9 +395,17 @@ def test_rows_are_named_by_number_and_range(text, rows):
     assert rows_named(text) == rows
 
 
-@pytest.mark.parametrize("text", ["", "x", "3-", "-3", "1,,2", "5-3", "1,1", "1-3,2"])
-def test_rows_that_are_not_named_so(text):
-    with pytest.raises(ParametersError, match=r"names no rows|names a row twice"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((text, "names no rows") for text in ("", "x", "3-", "-3", "1,,2")),
+        *((text, "names a row twice") for text in ("1,1", "1-3,2")),
+        ("1,5-3", "5-3 runs backwards"),
+        ("0-99999999999", "row from 100,000,000 on"),
+    ],
+)
+def test_rows_that_are_not_named_so(text, message):
+    with pytest.raises(SettingsError, match=message):
         rows_named(text)
 
 
@@ -379,6 +414,12 @@ def test_targets_that_there_are_not():
         prepared(OPTIONS, TRAINING, Target(3))
     with pytest.raises(ParametersError, match="no row 60"):
         prepared(OPTIONS, TRAINING, Target(None, (60,)))
+    with pytest.raises(MissingNeedError, match="no training row is of class 2"):
+        prepared(
+            OPTIONS.model_copy(update={"task": "tests.client.central.test_central:lacking"}),
+            TRAINING,
+            Target(2),
+        )
     with pytest.raises(TaskError, match="no task"):
         prepared(TaskOptions(task="nosuch"), TRAINING, Target(0))
 

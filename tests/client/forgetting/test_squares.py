@@ -83,10 +83,22 @@ def test_normalisation_of_constant_activations_divides_by_its_epsilon():
     }  # fmt: skip
 
 
-def test_batches_add_up(monkeypatch):
-    monkeypatch.setattr("client.forgetting.squares.AT_ONCE", 40)
+@pytest.mark.parametrize("near", [1, 500, 1 << 18])
+def test_chunks_of_rows_add_up(near, monkeypatch):
+    monkeypatch.setattr("client.forgetting.squares.AT_ONCE", 500)
+    monkeypatch.setattr("client.forgetting.squares.NEAR", near)
     net = network(1)
     compared(net, disturbed(net), *rows(1, 7))
+
+
+def test_as_many_rows_at_once_as_their_outputs_allow(monkeypatch):
+    """A row puts out 3 x 5 x 5 from the convolution, as many from the normalisation, and 5 + 4."""
+    monkeypatch.setattr("client.forgetting.squares.AT_ONCE", 3 * 159 + 158)
+    net, seen = network(1), []
+    model = disturbed(net)
+    net.register_forward_pre_hook(lambda _, taken: seen.append(len(taken[0])))
+    squared_gradients(net.eval(), model, functional.cross_entropy, *rows(1, 7))
+    assert seen == [1, 3, 3, 1]  # the first, to see what a row puts out
 
 
 def test_a_loss_of_its_own_scale_counts_row_by_row():
