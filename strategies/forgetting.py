@@ -33,6 +33,8 @@ class Forgetting:
         What the server can compute on data of its own.
     offers
         Needs that the task and the clients meet.
+    classes
+        Number of classes, where the task has some and it is known; 0 otherwise.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Forgetting:
         rate_limit: RateLimit,
         lab: ServerLab | None,
         offers: Collection[Need] = (),
+        classes: int = 0,
     ) -> None:
         self.method = method
         self.methods: dict[str, Method] = {m.name: m for m in others}
@@ -53,6 +56,7 @@ class Forgetting:
         self.rate_limit = rate_limit
         self.lab = lab
         self.offers = frozenset(offers)
+        self.classes = classes
         self.pending: list[Pending] = []
         self.last: int | None = None
         """Round of the last unlearning."""
@@ -102,6 +106,7 @@ class Forgetting:
             methods=frozenset(self.methods) - frozenset(without),
             fewest=fewest,
             present=frozenset(last.locals_ if last is not None else ()) & frozenset(active),
+            classes=self.classes,
         )
         return route(request, available)
 

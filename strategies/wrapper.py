@@ -95,6 +95,8 @@ class Unlearning(Strategy):
         Seeds sampling and detection. ``None`` leaves Python's global generator to Flower.
     offers
         Needs that the task and the clients meet: classes, convolutions, a batch log.
+    classes
+        Number of classes, so that requests for others are refused; 0 where it is not known.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Unlearning(Strategy):
         quorum: float = 0.5,
         seed: int | None = None,
         offers: Collection[Need] = (),
+        classes: int = 0,
     ) -> None:
         check_combination(strategy, screen, detector, method, others)
         if not 0 <= quorum <= 1:
@@ -132,6 +135,7 @@ class Unlearning(Strategy):
             rate_limit=rate_limit or RateLimit(),
             lab=lab,
             offers=offers,
+            classes=classes,
         )
         if detector is not None and method is not None:
             check_needs(method, self.forgetting)
