@@ -636,7 +636,7 @@ def test_a_class_that_the_task_does_not_have_is_refused(method, guarantee):
     def asked(label):
         return asking("class", label=label, method=method, guarantee=guarantee)
 
-    with pytest.raises(MissingNeedError, match="class 3 needs a task with classes, .* name samp"):
+    with pytest.raises(MissingNeedError, match=r"class 3 needs a task with .* name samples"):
         route(asked(3), having(EVERYTHING - {Y}))
     for label, classes in ((10, 10), (99, 10), (1, 1)):
         with pytest.raises(
