@@ -270,6 +270,17 @@ def test_what_is_drawn_depends_on_the_round_and_the_client(tmp_path):
 
 
 # ---------------------------------------------------------------- what is refused
+@kinds_of_data
+@pytest.mark.parametrize("kind", [kind for kind in TRAINS if kind not in SELECTS])
+def test_who_has_no_rows_left_refuses_rounds_of_every_kind(kind, data, tmp_path):
+    made = Federation(tmp_path, task=data)
+    made.keeping().forget(Selection(forget="all"), made.task.client_data(0, CLIENTS).train, 1)
+    reply = made.ask(kind())
+    assert messages.is_refusal(reply)
+    assert "no row of this client remains to train on" in reply.error.reason
+    assert not made.ask(kind(), node=1).has_error()
+
+
 @pytest.mark.parametrize("kind", [*SELECTS, *QUERIES])
 @pytest.mark.parametrize("forget", ["class", "samples"])
 def test_without_a_folder_nothing_was_dropped_for_good(kind, forget):
