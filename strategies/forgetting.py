@@ -74,6 +74,7 @@ class Forgetting:
         fewest: int,
         remembers: bool,
         certifies: bool = False,
+        gradients: bool = False,
         without: Collection[str] = (),
     ) -> Route:
         """Return how a request is served; see ``unlearning.routing.route``.
@@ -90,6 +91,8 @@ class Forgetting:
             Whether the wrapped strategy remembers past rounds.
         certifies
             Whether it may certify that a deletion changes nothing.
+        gradients
+            Whether it takes what clients send for gradients.
         without
             Methods that turned out not to serve it.
         """
@@ -107,6 +110,7 @@ class Forgetting:
             fewest=fewest,
             present=frozenset(last.locals_ if last is not None else ()) & frozenset(active),
             classes=self.classes,
+            gradients=gradients,
         )
         return route(request, available)
 

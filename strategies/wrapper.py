@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from strategies import averaging, messages, rounds
-from strategies.combination import check_combination, check_needs
+from strategies.combination import check_combination, check_needs, takes_gradients
 from strategies.data_requests import DataRequests, told, with_newcomers
 from strategies.detectors.interface import Detector, Finding, limited
 from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
@@ -320,6 +320,7 @@ class Unlearning(Strategy):
         return self.forgetting.route(
             request,
             certifies=isinstance(self.strategy, FFMU) and self.strategy.uncertifiable is None,
+            gradients=takes_gradients(self.strategy),
             without=passed,
             number=self.record.number,
             active=self._active(),

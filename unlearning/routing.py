@@ -132,6 +132,9 @@ class Available:
         Clients in the last round that may take part, where it is remembered; ``None`` for all.
     classes
         Number of classes of a task that has some; 0 where it is not known.
+    gradients
+        Whether the strategy takes what clients send for gradients, so that it cannot aggregate
+        models that another step made.
     """
 
     needs: frozenset[Need]
@@ -143,6 +146,7 @@ class Available:
     fewest: int = 1
     present: frozenset[str] | None = None
     classes: int = 0
+    gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -295,6 +299,11 @@ def _check(name: str, request: Request, available: Available) -> None:
     if request.cause == "malicious" and (not entry.safe or Need.TARGET in entry.needs):
         raise UnsafeMethodError(
             f"{name} trusts what the clients to be forgotten report or sent, and they are malicious"
+        )
+    if entry.own_step and available.gradients:
+        raise ImpossibleRequestError(
+            f"{name} plays rounds of models, and this federation's strategy takes what clients "
+            "send for gradients"
         )
     _check_needs(name, request, available)
     if request.target not in DATA:  # of which nobody leaves

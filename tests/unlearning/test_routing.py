@@ -630,6 +630,28 @@ def test_data_that_nobody_drops_is_not_forgotten(guarantee, cooperates):
     assert route(whole, having(EVERYTHING)).method in ("rollback", "fedup")
 
 
+OWN_STEP = {"rapid-retraining", "noisy-gd", "rcad"}
+
+
+@pytest.mark.parametrize(("name", "target"), [fit for fit in FIT if fit[0] in OWN_STEP])
+def test_where_the_strategy_takes_gradients_no_other_step_plays_its_rounds(name, target):
+    assert {n for n, entry in METHODS.items() if entry.own_step} == OWN_STEP
+    request = named(name, target=target)
+    there = having(EVERYTHING - {F}, gradients=True, retrain=3, rollback=3)
+    assert route(request, dataclasses.replace(there, gradients=False)).method == name
+    with pytest.raises(ImpossibleRequestError, match=f"^{name} plays rounds of models") as caught:
+        route(request, there)
+    assert str(caught.value).endswith(" would work")
+    assert not OWN_STEP & set(re.split(r"[ ,;]+", str(caught.value).split(";")[1]))
+    if name == "rapid-retraining":
+        assert str(caught.value).endswith("; rollback or retrain would work")
+    # Nor is it chosen.
+    asked = asking("samples", guarantee="approximate")
+    there = dataclasses.replace(there, methods=frozenset(METHODS) - {"amnesiac", "fisher-mask"})
+    assert route(asked, dataclasses.replace(there, gradients=False)).method == "rapid-retraining"
+    assert route(asked, there).method == "retrain"
+
+
 @pytest.mark.parametrize("method", [None, "not", "fisher-mask", "retrain", "rapid-retraining"])
 @pytest.mark.parametrize("guarantee", ["exact", "approximate"])
 def test_a_class_that_the_task_does_not_have_is_refused(method, guarantee):
@@ -830,6 +852,7 @@ STATES = st.builds(
     fewest=st.integers(1, 4),
     present=st.none() | st.frozensets(st.sampled_from("abcdefgh")),
     classes=st.sampled_from([0, 3, 4]),
+    gradients=st.booleans(),
 )
 
 
@@ -870,6 +893,7 @@ def test_no_request_is_served_by_what_must_not_serve_it(request, available):
         there -= {Need.RETAINED}
     assert entry.needs <= there
     assert possible(request, available)
+    assert not (entry.own_step and available.gradients)
     assert request.target in entry.targets
     assert request.method in (None, found.method)
     assert entry.routed or request.method == found.method
