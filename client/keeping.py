@@ -168,9 +168,17 @@ class Keeping:
         Returns
         -------
         int
-            How many rows of ``examples`` the selection means, forgotten before or not.
+            How many rows of ``examples`` the selection means, forgotten before or not. A class is
+            written where there are none, too: rows of it may come later.
+
+        Raises
+        ------
+        KeepingError
+            If a selection does not fit the data, before anything is written: every training asks
+            for what is on the list.
         """
         with locked(self.folder):
+            count = len(self.select(selection, examples))
             known, when = self.forgotten(), When(round=number, request=request)
             if selection.forget == "class":
                 added: dict[str, When] = {}
@@ -181,7 +189,7 @@ class Keeping:
             changed = Forgotten(rows=added | known.rows, classes=classes)
             if changed != known:
                 write_record(self.folder / FORGOTTEN, changed)
-        return len(self.select(selection, examples))
+        return count
 
     def issue(
         self, places: Sequence[int], examples: Examples, *, seed: int | None = None

@@ -11,6 +11,7 @@ from torch.utils.data import Subset, TensorDataset
 from client.storage import KeepingError
 from client.task.evaluation import batches, gather
 from client.task.protocol import Examples, size_of
+from unlearning.errors import RefusedRequestError
 
 HASHED_AT_ONCE = 1024
 """Rows of a data set that is not in memory."""
@@ -18,6 +19,10 @@ COMPARED = 16
 """Rows that are read twice, to see whether they stay the same."""
 
 _known: dict[int, tuple[weakref.ref[Examples], tuple[str, ...]]] = {}
+
+
+class NoClassesError(KeepingError, RefusedRequestError):
+    """A class is to be forgotten where targets are no numbers of classes; nothing was written."""
 
 
 def content_hashes(examples: Examples) -> tuple[str, ...]:
@@ -56,14 +61,14 @@ def rows_of_class(examples: Examples, number: int) -> list[int]:
 
     Raises
     ------
-    KeepingError
+    NoClassesError
         If targets are not numbers of classes.
     """
     targets = gather(examples)[1]
     if not len(targets):
         return []
     if targets.is_floating_point() or targets.is_complex() or targets[0].numel() != 1:
-        raise KeepingError(
+        raise NoClassesError(
             f"class {number} is to be forgotten, and this task's targets, {targets.dtype} of shape "
             f"{tuple(targets.shape[1:])}, are no numbers of classes; name samples instead"
         )

@@ -85,6 +85,7 @@ def build_federation(
         quorum=settings.quorum,
         seed=settings.seed,
         offers=network.needs() | ({Need.BATCH_LOG} if settings.batch_log != "off" else set()),
+        classes=network.classes if network.classes > 1 else 0,  # one output may tell two apart
     )
 
 

@@ -5,13 +5,15 @@ An action's settings travel in ``config`` and are validated on both sides by the
 metrics and, where ``Ask.expects`` says so, arrays of another form.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal, Self
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from unlearning import ascent, ffmu, label_flip, pcmu, verifi_marks
+from unlearning.errors import SecateurError
 from unlearning.parameters import Parameters
 from unlearning.partial_updates import FEW, MANY, Pattern
 from unlearning.plan import Scalar
@@ -331,6 +333,53 @@ class Marks(Action):
 
     first: bool = False
     """Whether the model is the first published one that has the marked update in it."""
+
+
+def checked(
+    name: str,
+    kind: type[Action],
+    settings: Mapping[str, Any],
+    besides: Collection[str] = (),
+    **told: Scalar,
+) -> dict[str, Any]:
+    """Return all settings of a step that a method is made with, those given in their types.
+
+    A client passes over what it does not know, which other actions' settings may be; whoever sets a
+    method must not, so this is asked where one is made.
+
+    Parameters
+    ----------
+    name
+        The method's.
+    besides
+        Settings that the method has of its own, for the message.
+    told
+        What the method itself fills in later, and a value that it may have.
+
+    Raises
+    ------
+    SecateurError
+        If there is no such setting, or a value cannot be.
+    """
+    own = [f for f in kind.model_fields if f not in told and f not in Selection.model_fields]
+    if issubclass(kind, Selection):
+        told = {"forget": "none", **told}
+    for key, value in settings.items():
+        if key not in own:
+            raise SecateurError(
+                f"{name} has no setting {key} = {value!r}; it has {', '.join([*besides, *own])}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SecateurError(f"{name}: {key} = {value!r}: a setting must be a finite number")
+    try:
+        made = kind.model_validate({**told, **settings})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"])).replace("-", "_")
+        raise SecateurError(
+            f"{name}: {key} = {settings.get(key)!r}: {fault['msg'].removeprefix('Value error, ')}"
+        ) from error
+    return made.model_dump(include=set(own))
 
 
 def read(kind: type[Action], config: Mapping[str, object]) -> Action:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from flwr.serverapp.strategy import FedXgbBagging, FedXgbCyclic, Strategy
 
 from strategies.detectors.interface import Detector
+from strategies.ffmu import FFMU
 from strategies.forgetting import Forgetting
 from strategies.methods.interface import Method
 from strategies.screen import Screen
@@ -34,11 +35,21 @@ def check_combination(
                 f"{part.name} trusts the updates it sees, so replies must be screened; pass "
                 "screen=Screen()"
             )
+    if method is not None and METHODS[method.name].own_step and takes_gradients(strategy):
+        raise SecateurError(
+            f"{method.name} plays rounds of models, and {type(strategy).__name__} takes what "
+            "clients send for gradients; choose another method, such as retrain"
+        )
     if detector is not None and method is not None and not METHODS[method.name].safe:
         raise SecateurError(
             f"{method.name} trusts what the clients to be forgotten sent, and {detector.name} "
             "finds malicious ones; choose a method that is safe, such as fedup"
         )
+
+
+def takes_gradients(strategy: Strategy) -> bool:
+    """Say whether a strategy takes what clients send for gradients; FFMU-N is sent models."""
+    return isinstance(strategy, FFMU) and not strategy.action.models
 
 
 def check_needs(method: Method, forgetting: Forgetting) -> None:

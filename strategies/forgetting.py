@@ -33,6 +33,8 @@ class Forgetting:
         What the server can compute on data of its own.
     offers
         Needs that the task and the clients meet.
+    classes
+        Number of classes, where the task has some and it is known; 0 otherwise.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Forgetting:
         rate_limit: RateLimit,
         lab: ServerLab | None,
         offers: Collection[Need] = (),
+        classes: int = 0,
     ) -> None:
         self.method = method
         self.methods: dict[str, Method] = {m.name: m for m in others}
@@ -53,6 +56,7 @@ class Forgetting:
         self.rate_limit = rate_limit
         self.lab = lab
         self.offers = frozenset(offers)
+        self.classes = classes
         self.pending: list[Pending] = []
         self.last: int | None = None
         """Round of the last unlearning."""
@@ -70,6 +74,7 @@ class Forgetting:
         fewest: int,
         remembers: bool,
         certifies: bool = False,
+        gradients: bool = False,
         without: Collection[str] = (),
     ) -> Route:
         """Return how a request is served; see ``unlearning.routing.route``.
@@ -86,6 +91,8 @@ class Forgetting:
             Whether the wrapped strategy remembers past rounds.
         certifies
             Whether it may certify that a deletion changes nothing.
+        gradients
+            Whether it takes what clients send for gradients.
         without
             Methods that turned out not to serve it.
         """
@@ -102,6 +109,8 @@ class Forgetting:
             methods=frozenset(self.methods) - frozenset(without),
             fewest=fewest,
             present=frozenset(last.locals_ if last is not None else ()) & frozenset(active),
+            classes=self.classes,
+            gradients=gradients,
         )
         return route(request, available)
 

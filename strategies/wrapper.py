@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from strategies import averaging, messages, rounds
-from strategies.combination import check_combination, check_needs
+from strategies.combination import check_combination, check_needs, takes_gradients
 from strategies.data_requests import DataRequests, told, with_newcomers
 from strategies.detectors.interface import Detector, Finding, limited
 from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
@@ -96,6 +96,8 @@ class Unlearning(Strategy):
         Seeds sampling and detection. ``None`` leaves Python's global generator to Flower.
     offers
         Needs that the task and the clients meet: classes, convolutions, a batch log.
+    classes
+        Number of classes, so that requests for others are refused; 0 where it is not known.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Unlearning(Strategy):
         quorum: float = 0.5,
         seed: int | None = None,
         offers: Collection[Need] = (),
+        classes: int = 0,
     ) -> None:
         check_combination(strategy, screen, detector, method, others)
         if not 0 <= quorum <= 1:
@@ -133,6 +136,7 @@ class Unlearning(Strategy):
             rate_limit=rate_limit or RateLimit(),
             lab=lab,
             offers=offers,
+            classes=classes,
         )
         if detector is not None and method is not None:
             check_needs(method, self.forgetting)
@@ -320,6 +324,7 @@ class Unlearning(Strategy):
         return self.forgetting.route(
             request,
             certifies=isinstance(self.strategy, FFMU) and self.strategy.uncertifiable is None,
+            gradients=takes_gradients(self.strategy),
             without=passed,
             number=self.record.number,
             active=self._active(),

@@ -77,6 +77,9 @@ class Entry:
         Whether it plays past rounds again; whoever waits to be forgotten takes no part in them.
     routed
         Whether ``route`` may choose it; the others are there for comparison, by name.
+    own_step
+        Whether clients train by a step of its own in the rounds that it plays, whose models the
+        strategy aggregates.
     federated
         Whether a federation can run it; the others are for one machine that has all the data.
     """
@@ -94,6 +97,7 @@ class Entry:
     events: bool = True
     replays: bool = False
     routed: bool = True
+    own_step: bool = False
     federated: bool = True
 
 

@@ -156,6 +156,7 @@ HOLDERS: dict[str, Entry] = {
         "arXiv:2203.07320",
         "2.8",
         replays=True,
+        own_step=True,
     ),
     "noisy-gd": Entry(
         "Holders and the others take noisy full-batch steps without it",
@@ -168,6 +169,7 @@ HOLDERS: dict[str, Entry] = {
         "arXiv:2210.08911",
         "2.15",
         routed=False,
+        own_step=True,
     ),
     "rcad": Entry(
         "Go on without it, with uncertainty on perturbed data as a regulariser",
@@ -180,6 +182,7 @@ HOLDERS: dict[str, Entry] = {
         "arXiv:2206.01367",
         "2.13",
         routed=False,
+        own_step=True,
     ),
     "ffmu": Entry(
         "Change nothing, where training in smoothed steps proves that nothing would change",

@@ -136,6 +136,11 @@ class Available:
         Clients that a round waits for.
     present
         Clients in the last round that may take part, where it is remembered; ``None`` for all.
+    classes
+        Number of classes of a task that has some; 0 where it is not known.
+    gradients
+        Whether the strategy takes what clients send for gradients, so that it cannot aggregate
+        models that another step made.
     """
 
     needs: frozenset[Need]
@@ -146,6 +151,8 @@ class Available:
     methods: frozenset[str] = frozenset(METHODS)
     fewest: int = 1
     present: frozenset[str] | None = None
+    classes: int = 0
+    gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ def route(request: Request, available: Available) -> Route:
     if request.method is not None:
         _check_named(request.method, request, available)
         return Route(request.method)
-    _check_possible(request)
+    _check_possible(request, available)
     passed: list[tuple[str, str]] = []
     first: RefusedRequestError | None = None
     for name in _candidates(request, available):
@@ -215,10 +222,10 @@ def _approximate(request: Request, available: Available) -> tuple[str, ...]:
     return ORDER[request.target, request.cause]
 
 
-def _check_possible(request: Request) -> None:
+def _check_possible(request: Request, available: Available) -> None:
     """Refuse what no method can serve."""
     if request.target in DATA:
-        _check_data(request)
+        _check_data(request, available)
     elif not request.clients:
         what = "who planted the backdoor is unknown" if request.target is Target.BACKDOOR else ""
         raise ImpossibleRequestError(
@@ -247,7 +254,7 @@ def _check_marks(request: Request) -> None:
         )
 
 
-def _check_data(request: Request) -> None:
+def _check_data(request: Request, available: Available) -> None:
     """Refuse to forget part of what clients hold where they cannot be trusted, or will not act."""
     if request.cause == "malicious":
         raise UnsafeMethodError(
@@ -258,6 +265,17 @@ def _check_data(request: Request) -> None:
         if request.label is None or request.label < 0:
             raise ImpossibleRequestError(
                 f"no class is named ({request.label}); give its number, from 0 on"
+            )
+        if Need.CLASSES not in available.needs:
+            raise MissingNeedError(
+                f"forgetting class {request.label} needs {Need.CLASSES}, and the server knows of "
+                "none; name samples instead, or, if the task has some, give its server_data a row "
+                "to tell by"
+            )
+        if 0 < available.classes <= request.label:
+            raise ImpossibleRequestError(
+                f"there is no class {request.label}; classes are numbered from 0 to "
+                f"{available.classes - 1}"
             )
         if not request.target_drops:
             raise ImpossibleRequestError(
@@ -287,12 +305,12 @@ def _check_named(name: str, request: Request, available: Available) -> None:
     if name not in available.methods:
         raise ImpossibleRequestError(f"{name} was not made ready; add it to the methods")
     if request.target not in entry.targets:
-        _check_possible(request)
+        _check_possible(request, available)
         raise ImpossibleRequestError(
             f"{name} does not forget {_a(request.target)}, only {_either(entry.targets)}; "
             "leave the method out to have one chosen"
         )
-    _check_possible(request)
+    _check_possible(request, available)
     if request.promise == "exact" and entry.guarantee not in PROVEN:
         raise NoExactMethodError(
             f"{name} is not exact, and exact forgetting was asked for; ask for {EXACT[0]}, or "
@@ -310,6 +328,11 @@ def _check(name: str, request: Request, available: Available) -> None:
     if request.cause == "malicious" and (not entry.safe or Need.TARGET in entry.needs):
         raise UnsafeMethodError(
             f"{name} trusts what the clients to be forgotten report or sent, and they are malicious"
+        )
+    if entry.own_step and available.gradients:
+        raise ImpossibleRequestError(
+            f"{name} plays rounds of models, and this federation's strategy takes what clients "
+            "send for gradients"
         )
     _check_needs(name, request, available)
     if request.target not in DATA:  # of which nobody leaves

@@ -3,15 +3,28 @@
 from client.forgetting.interface import Holding, Outcome
 from strategies.actions import Noisy, Rapid, Rcad
 from unlearning import noisy_descent, rapid_retraining, rcad
+from unlearning.errors import MissingNeedError
 from unlearning.parameters import Parameters
 from unlearning.randomness import generator
+
+
+def check_remaining(holding: Holding) -> None:
+    """Raise ``MissingNeedError`` where nothing remains to train on: no round is of no rows."""
+    if not len(holding.remain[0]):
+        raise MissingNeedError("no row of this client remains to train on; do not ask it to train")
 
 
 def rapid(settings: Rapid, model: Parameters, holding: Holding) -> Outcome:
     """Train with steps scaled by curvature (Rapid Retraining, ``methods`` 2.8).
 
     What the steps remember begins anew in every round, as an optimizer does.
+
+    Raises
+    ------
+    MissingNeedError
+        If nothing remains to train on.
     """
+    check_remaining(holding)
     made, _ = rapid_retraining.train(
         model,
         holding.forward,
@@ -43,7 +56,14 @@ def noisy_settings(settings: Noisy) -> noisy_descent.Settings:
 
 
 def noisy(settings: Noisy, model: Parameters, holding: Holding) -> Outcome:
-    """Take steps of noisy descent on all rows that remain (``methods`` 2.15)."""
+    """Take steps of noisy descent on all rows that remain (``methods`` 2.15).
+
+    Raises
+    ------
+    MissingNeedError
+        If nothing remains to train on.
+    """
+    check_remaining(holding)
     made = noisy_descent.train(
         model,
         holding.forward,
@@ -65,6 +85,7 @@ def regularised(settings: Rcad, model: Parameters, holding: Holding) -> Outcome:
     MissingNeedError
         If nothing remains to train on.
     """
+    check_remaining(holding)
     made = rcad.train(
         model,
         holding.forward,

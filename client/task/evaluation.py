@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset
 
 from client.task.protocol import Examples, Task, TaskError, size_of
 from unlearning.distillation import Forward
@@ -130,12 +130,23 @@ def numbered_batches(
 
 
 def gather(examples: Examples) -> tuple[Tensor, Tensor]:
-    """Return all examples as two tensors."""
+    """Return all examples as two tensors.
+
+    Of none, tensors without rows, in the shapes and dtypes of the data of which they are a part;
+    of data without a row, which have neither, ``torch.empty(0)`` both.
+    """
     if isinstance(examples, TensorDataset):
         inputs, targets = examples.tensors
         return inputs, targets
-    parts = list(batches(examples, max(1, size_of(examples)), None))
-    return torch.cat([inputs for inputs, _ in parts]), torch.cat([labels for _, labels in parts])
+    if count := size_of(examples):
+        ((inputs, targets),) = batches(examples, count, None)
+        return inputs, targets
+    while isinstance(examples, Subset) and not size_of(examples):
+        examples = examples.dataset
+    if not size_of(examples):
+        return torch.empty(0), torch.empty(0)
+    inputs, targets = gather(Subset(examples, [0]))
+    return inputs[:0], targets[:0]
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from strategies.methods.certified import Certified
 from strategies.methods.drift import Drift
 from strategies.methods.fedup import FedUP
-from strategies.methods.holders import Ball, TakeBack, ascending, flipping, macforget
+from strategies.methods.holders import TakeBack, ascending, climbing, flipping, macforget
 from strategies.methods.interface import Method
 from strategies.methods.jackknife import Jackknife
 from strategies.methods.masks import ClassDiscriminative, Mask, Noise
@@ -39,7 +39,7 @@ MAKE: dict[str, Callable[[], Method]] = {
     "label-flip": flipping,
     "amnesiac": TakeBack,
     "macforget": macforget,
-    "pga": Ball,
+    "pga": climbing,
     "rapid-retraining": rapid,
     "noisy-gd": noisy,
     "rcad": rcad,

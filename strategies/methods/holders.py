@@ -4,6 +4,7 @@ The holders start from the global model and send back what they made of it; the 
 much of it as they weigh in an average: ``w + sum_k p_k (w'_k - w)``.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from strategies.actions import (
     Batches,
     LabelFlip,
     MacForget,
+    checked,
     joined,
 )
 from strategies.memory import LastRound, Memory
@@ -42,7 +44,7 @@ class Holders:
     step
         What they do.
     settings
-        Of the step, where they differ from its defaults.
+        Of the step, where they differ from its defaults; checked, and all of them afterwards.
     strength
         What a holder's weight p_k is multiplied by, at least 0. Holders weigh against one another
         only: with 1 their changes add up to one whole change.
@@ -54,8 +56,10 @@ class Holders:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.strength >= 0:
+        if not 0 <= self.strength < math.inf:
             raise SecateurError(f"the strength of holders must be at least 0, got {self.strength}")
+        settings = checked(self.name, self.step, self.settings, ("strength",))
+        object.__setattr__(self, "settings", settings)
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
@@ -81,23 +85,23 @@ class Holders:
             moved = merged(model, answer.arrays, min(1.0, self.strength * weight))
             for name in trained_names(model):
                 result[name] += moved[name] - model[name]
-        told = {"holders": len(acted), **self.settings}
+        told = {"holders": len(acted), "strength": self.strength, **self.settings}
         return Unlearned(result, settings=told)
 
 
-def ascending(**settings: Any) -> Holders:
+def ascending(*, strength: float = 1.0, **settings: Any) -> Holders:
     """Return gradient ascent on what is to be forgotten (``methods`` 6.4)."""
-    return Holders(name="ascent", step=Ascent, settings=settings)
+    return Holders(name="ascent", step=Ascent, settings=settings, strength=strength)
 
 
-def flipping(**settings: Any) -> Holders:
+def flipping(*, strength: float = 1.0, **settings: Any) -> Holders:
     """Return training on wrong labels (``methods`` 6.3)."""
-    return Holders(name="label-flip", step=LabelFlip, settings=settings)
+    return Holders(name="label-flip", step=LabelFlip, settings=settings, strength=strength)
 
 
-def macforget(**settings: Any) -> Holders:
+def macforget(*, strength: float = 1.0, **settings: Any) -> Holders:
     """Return MacForget (``methods`` 2.9)."""
-    return Holders(name="macforget", step=MacForget, settings=settings)
+    return Holders(name="macforget", step=MacForget, settings=settings, strength=strength)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,12 +179,18 @@ class Ball:
         Of the ball; ``None`` for half the distance of that average from the initial model, or from
         the model that the last round started from where that is unknown.
     settings
-        Of the step, where they differ from its defaults.
+        Of the step, where they differ from its defaults; checked, and all of them afterwards.
     """
 
     name: str = "pga"
     radius: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.radius is not None and not 0 <= self.radius < math.inf:
+            raise SecateurError(f"the radius of a ball must be at least 0, got {self.radius}")
+        settings = checked(self.name, Ascend, self.settings, ("radius",), radius=0.0)
+        object.__setattr__(self, "settings", settings)
 
     def freeze(
         self, memory: Memory, model: Parameters, clients: Collection[str]
@@ -216,5 +226,10 @@ class Ball:
         )
         assert answer.arrays is not None  # noqa: S101  the screen has looked
         model = ascent.projected_again(answer.arrays, reference, radius)
-        told = {"radius": radius, "distance": ascent.distance(model, reference)}
+        told = {"radius": radius, "distance": ascent.distance(model, reference), **self.settings}
         return Unlearned(model, settings=told)
+
+
+def climbing(*, radius: float | None = None, **settings: Any) -> Ball:
+    """Return ascent in a ball (``methods`` 2.12)."""
+    return Ball(radius=radius, settings=settings)

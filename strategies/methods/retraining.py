@@ -1,22 +1,28 @@
 """Exact forgetting, from round 0 or from a checkpoint; and natural forgetting."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from strategies import messages
-from strategies.actions import Action, Noisy, Rapid, Rcad
+from strategies.actions import Action, Noisy, Rapid, Rcad, checked
 from strategies.memory import Memory
 from strategies.methods.interface import Situation, Unlearned, done
 from unlearning import retraining
-from unlearning.errors import MissingNeedError, RefusedRequestError
+from unlearning.errors import MissingNeedError, RefusedRequestError, SecateurError
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer, Plan
 from unlearning.replay import Played
 
 MOST_VOID = 0.2
 """Share of the rounds played again that may make no model."""
+
+
+def check_share(name: str, share: float) -> None:
+    """Raise ``SecateurError`` unless a share of rounds is one that can be played."""
+    if not 0 < share < math.inf:
+        raise SecateurError(f"the share of rounds that {name} plays must be over 0, got {share}")
 
 
 class ReplayError(RefusedRequestError):
@@ -95,6 +101,9 @@ class Retrain:
     step: Action | None = None
     share: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_share(self.name, self.share)
+
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
 
@@ -105,7 +114,7 @@ class Retrain:
         model, warnings = yield from trained(
             situation, start, number, rounds, self.step, situation.played
         )
-        told = {"rounds": rounds, "from_round": number}
+        told = {"rounds": rounds, "from_round": number, **(self.step.config() if self.step else {})}
         return Unlearned(model, settings=told, exact=True, origin=number, warnings=warnings)
 
     def rounds(self, undone: int) -> int:
@@ -128,7 +137,12 @@ class Retrain:
 
 def rapid(share: float = 0.5, **settings: Any) -> Retrain:
     """Return retraining with steps scaled by curvature, in fewer rounds (``methods`` 2.8)."""
-    return Retrain(name="rapid-retraining", step=Rapid(**settings), share=share)
+    name = "rapid-retraining"
+    return Retrain(name=name, step=_step(name, Rapid, settings), share=share)
+
+
+def _step(name: str, kind: type[Action], settings: Mapping[str, Any]) -> Action:
+    return kind(**checked(name, kind, settings, ("share",)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +161,9 @@ class GoOn:
     step: Action
     share: float
 
+    def __post_init__(self) -> None:
+        check_share(self.name, self.share)
+
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
 
@@ -162,12 +179,13 @@ class GoOn:
 
 def noisy(share: float = 0.2, **settings: Any) -> GoOn:
     """Return noisy full-batch descent without what is to be forgotten (``methods`` 2.15)."""
-    return GoOn(name="noisy-gd", step=Noisy(**settings), share=share)
+    name = "noisy-gd"
+    return GoOn(name=name, step=_step(name, Noisy, settings), share=share)
 
 
 def rcad(share: float = 1.0, **settings: Any) -> GoOn:
     """Return fine-tuning with RCAD's regulariser (``methods`` 2.13)."""
-    return GoOn(name="rcad", step=Rcad(**settings), share=share)
+    return GoOn(name="rcad", step=_step("rcad", Rcad, settings), share=share)
 
 
 @dataclass(frozen=True, kw_only=True)

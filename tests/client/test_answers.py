@@ -1,16 +1,20 @@
 """What clients answer to every action, over the in-process Grid on digits."""
 
+import functools
+
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
+from torch.utils.data import Dataset
 
 from client import answers
 from client.app import build_app
 from client.forgetting.steps import STEPS, do
 from client.keeping import Keeping
 from client.rows import subset
+from client.task.digits import digits
 from client.task.evaluation import gather, state_of
-from client.task.protocol import TaskOptions, load_task
+from client.task.protocol import Split, TaskOptions, load_task
 from server.federation import initial_model
 from simulation.engines.inprocess import InProcessGrid
 from strategies import messages
@@ -38,12 +42,48 @@ def settings_of(action, **more):
     return action(**(chosen | more))
 
 
+class Streamed(Dataset):
+    """Rows of a user's own data set, read one by one."""
+
+    def __init__(self, of):
+        self.of = of
+
+    def __len__(self):
+        return len(self.of)
+
+    def __getitem__(self, row):
+        return self.of[row]
+
+
+class OfStreams:
+    """A task whose clients' data are in sets of no known kind."""
+
+    def __init__(self, task):
+        self.task = task
+        self.client_data = functools.cache(self._split)
+
+    def __getattr__(self, part):
+        return getattr(self.task, part)
+
+    def _split(self, partition, partitions):
+        found = self.task.client_data(partition, partitions)
+        return Split(Streamed(found.train), Streamed(found.test))
+
+
+def streamed(options):
+    return OfStreams(digits(options))
+
+
+OWN = "tests.client.test_answers:streamed"
+kinds_of_data = pytest.mark.parametrize("data", ["digits", OWN])
+
+
 class Federation:
     """Three clients on digits, and the model that they are sent."""
 
-    def __init__(self, folder=None, model="mlp", **more):
+    def __init__(self, folder=None, model="mlp", task="digits", **more):
         where = {} if folder is None else {"client-dir": str(folder)}
-        values = {"task": "digits", "model": model, "examples": 120, **where, **more}
+        values = {"task": task, "model": model, "examples": 120, **where, **more}
         self.options = TaskOptions.model_validate(values)
         self.task = load_task(self.options)
         self.app = build_app(self.options.model_dump(by_alias=True))
@@ -89,9 +129,10 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
+@kinds_of_data
 @pytest.mark.parametrize("kind", TRAINS)
-def test_every_step_is_answered_with_a_model(kind, model, tmp_path):
-    made = Federation(tmp_path, model)
+def test_every_step_is_answered_with_a_model(kind, data, model, tmp_path):
+    made = Federation(tmp_path, model, data)
     before = {name: tensor.clone() for name, tensor in made.model.items()}
     count = int((made.rows()[1] == 3).sum())
     assert count > 0
@@ -109,11 +150,12 @@ def test_every_step_is_answered_with_a_model(kind, model, tmp_path):
     assert same(read(made.ask(settings_of(kind)))[0], found)  # the same seed, the same bits
 
 
+@kinds_of_data
 @pytest.mark.parametrize("kind", SELECTS)
 def test_who_holds_nothing_of_it_returns_the_model_and_all_answers_agree(
-    kind, tmp_path, monkeypatch
+    kind, data, tmp_path, monkeypatch
 ):
-    made = Federation(tmp_path)
+    made = Federation(tmp_path, task=data)
     computed = []
 
     def spy(settings, start, holding):
@@ -136,9 +178,28 @@ def test_who_holds_nothing_of_it_returns_the_model_and_all_answers_agree(
     assert not Screen().check(received, made.model, far=False).rejected
 
 
+@kinds_of_data
 @pytest.mark.parametrize("kind", ["fisher", "activations", "gradients", "classes"])
-def test_statistics_are_of_the_selected_rows_and_of_the_others(kind, tmp_path):
-    made = Federation(tmp_path, "cnn")
+@pytest.mark.parametrize("forget", ["none", "all"])
+def test_what_nothing_is_selected_of_or_nothing_is_left_of_has_sums_of_nothing(
+    kind, forget, data, tmp_path
+):
+    made = Federation(tmp_path, "cnn", data)
+    found, metrics, _ = read(made.ask(Statistics(forget=forget, kind=kind)))
+    # The same as of tensors in memory, of which no rows have a shape and a dtype, too.
+    known = Federation(tmp_path / "known", "cnn")
+    theirs, counted, _ = read(known.ask(Statistics(forget=forget, kind=kind)))
+    assert same(found, theirs)
+    assert metrics == counted
+    empty = {"none": "forget", "all": "remain"}[forget]
+    for name, tensor in parted(found).get(empty, {}).items():
+        assert not tensor.any(), name
+
+
+@kinds_of_data
+@pytest.mark.parametrize("kind", ["fisher", "activations", "gradients", "classes"])
+def test_statistics_are_of_the_selected_rows_and_of_the_others(kind, data, tmp_path):
+    made = Federation(tmp_path, "cnn", data)
     targets = made.rows()[1]
     found, metrics, weight = read(made.ask(settings_of(Statistics, kind=kind)))
     chosen = int((targets == 3).sum())
@@ -209,6 +270,17 @@ def test_what_is_drawn_depends_on_the_round_and_the_client(tmp_path):
 
 
 # ---------------------------------------------------------------- what is refused
+@kinds_of_data
+@pytest.mark.parametrize("kind", [kind for kind in TRAINS if kind not in SELECTS])
+def test_who_has_no_rows_left_refuses_rounds_of_every_kind(kind, data, tmp_path):
+    made = Federation(tmp_path, task=data)
+    made.keeping().forget(Selection(forget="all"), made.task.client_data(0, CLIENTS).train, 1)
+    reply = made.ask(kind())
+    assert messages.is_refusal(reply)
+    assert "no row of this client remains to train on" in reply.error.reason
+    assert not made.ask(kind(), node=1).has_error()
+
+
 @pytest.mark.parametrize("kind", [*SELECTS, *QUERIES])
 @pytest.mark.parametrize("forget", ["class", "samples"])
 def test_without_a_folder_nothing_was_dropped_for_good(kind, forget):

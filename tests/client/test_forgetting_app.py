@@ -135,6 +135,18 @@ def test_a_client_that_forgot_all_refuses_to_train_and_others_go_on(tmp_path, ba
     assert count(ask(grid, "train", {"server-round": 1}, start(), node=1)) > 0
 
 
+def test_a_client_whose_data_have_no_classes_refuses_one_and_trains_on(tmp_path):
+    own = {"task": "tests.client.central.test_central:regression", "learning-rate": 0.001}
+    task = load_task(TaskOptions.model_validate({**SETTINGS, **own}))
+    grid = grid_for(batch=False, **own, **{"client-dir": str(tmp_path)})
+    model = state_of(task.build_model())
+    reply = ask(grid, "query.forget", CLASS_3)
+    assert messages.is_refusal(reply)
+    assert "no numbers of classes; name samples instead" in reply.error.reason
+    assert not list(tmp_path.rglob(FORGOTTEN))
+    assert count(train(grid, 1, model)) == 20
+
+
 @both
 def test_a_client_that_keeps_nothing_promises_nothing(batch):
     grid = grid_for(batch=batch)

@@ -314,6 +314,27 @@ def test_classes_need_targets_that_are_some(tmp_path):
         Keeping(tmp_path).select(a_class(0), measured)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_class_of_targets_that_are_none_is_refused_before_it_is_written(tmp_path, before):
+    measured = TensorDataset(torch.zeros(2, 3), torch.zeros(2))
+    keeping = Keeping(tmp_path)
+    if before:  # a row of it was forgotten earlier
+        keeping.forget(EVERYTHING, data(), 1)
+    held = (tmp_path / FORGOTTEN).read_bytes() if before else None
+    with pytest.raises(KeepingError, match="no numbers of classes"):
+        keeping.forget(a_class(0), measured, 2)
+    assert (tmp_path / FORGOTTEN).exists() == before
+    assert not before or (tmp_path / FORGOTTEN).read_bytes() == held
+    for client in (keeping, Keeping(tmp_path)):  # training goes on, after a restart, too
+        assert client.without_forgotten(measured) is measured
+
+
+def test_a_class_that_is_not_there_yet_is_forgotten_before_it_comes(tmp_path):
+    keeping = Keeping(tmp_path)
+    assert keeping.forget(a_class(2), data(range(2)), 1) == 0
+    assert firsts(keeping.without_forgotten(data())) == [0, 1, 3, 4, 6, 7]
+
+
 def test_rows_that_are_not_there_get_no_token(tmp_path):
     with pytest.raises(KeepingError, match="from 0 to 7, got 8"):
         Keeping(tmp_path).issue([0, 8], data())

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from client.task import models
 from client.task.classification import held_out
 from client.task.device import choose_device
-from client.task.evaluation import batches, evaluate, load_state, predict, state_of
+from client.task.evaluation import batches, evaluate, gather, load_state, predict, state_of
 from client.task.partition import partition_indices
 from client.task.protocol import PARTS, ServerData, Split, Task, TaskError, TaskOptions, load_task
 from client.task.tables import installed_table
@@ -21,6 +21,34 @@ CPU = torch.device("cpu")
 
 def labels(count=600, classes=6):
     return torch.arange(count) % classes
+
+
+# ---------------------------------------------------------------- reading data
+class Listed(Dataset):
+    """Rows of a shape and a dtype of their own, in no tensor; how often they are read."""
+
+    def __init__(self, count):
+        self.count, self.read = count, 0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, row):
+        self.read += 1
+        return torch.full((2, 3), float(row), dtype=torch.float64), row
+
+
+def test_no_rows_of_any_data_set_have_the_shape_and_dtype_of_the_others():
+    data = Listed(5)
+    for part in (Subset(data, []), Subset(Subset(data, [3, 4]), []), Subset(Subset(data, []), [])):
+        inputs, targets = gather(part)
+        assert (inputs.shape, inputs.dtype) == ((0, 2, 3), torch.float64)
+        assert (targets.shape, targets.dtype) == ((0,), torch.int64)
+    assert data.read == 3  # one row each, not all
+    for nothing in (Listed(0), Subset(Listed(0), [])):
+        assert [tensor.shape for tensor in gather(nothing)] == [(0,), (0,)]
+    inputs, targets = gather(Subset(data, [4, 1]))
+    assert (inputs[:, 0, 0].tolist(), targets.tolist()) == ([4, 1], [4, 1])
 
 
 # ---------------------------------------------------------------- finding a task

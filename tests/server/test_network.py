@@ -122,6 +122,7 @@ def test_a_federation_offers_what_its_task_and_clients_have(model, log, tmp_path
     expected |= {Need.CONVOLUTIONS} if model == "cnn" else set()
     expected |= {Need.BATCH_LOG} if log == "random" else set()
     assert made.forgetting.offers == expected
+    assert made.forgetting.classes == 10
     for name in (*MASKS, "tfidf", "fisher-noise"):
         assert made.forgetting.methods[name].network == network_of(task, initial_model(task, 0))
         assert made.forgetting.methods[name].name == name

@@ -493,6 +493,22 @@ def test_requests_for_data_name_known_clients():
     assert not wrapped.busy
 
 
+@pytest.mark.parametrize("name", ["ascent", "fisher-mask", "retrain"])
+def test_a_class_that_there_is_none_of_is_refused_before_anybody_is_asked(name):
+    clients = Clients()
+    for more, words in (
+        ({"offers": {Need.BATCH_LOG}}, "class 1 needs a task with classes"),
+        ({"classes": 1}, "there is no class 1; classes are numbered from 0 to 0"),
+    ):
+        wrapped = made(MAKE[name](), **more)
+        _, models = play(wrapped, clients.grid, 2)
+        with pytest.raises(RefusedRequestError, match=words):
+            wrapped.request(asked_for(name))
+        play(wrapped, clients.grid, 3, played=2, model=models[-1])
+        assert not wrapped.busy
+    assert {kind for kind, _, _ in clients.told} == {"train"}
+
+
 # ---------------------------------------------------------------- shares
 def shares(clients, action="train"):
     """Return, round by round, what every client was told."""

@@ -22,12 +22,21 @@ from strategies.actions import Ffmu
 from strategies.directory import by_partition
 from strategies.ffmu import FFMU
 from strategies.loop import run_rounds
+from strategies.methods.catalogue import MAKE
+from strategies.methods.retraining import Retrain
 from strategies.screen import Screen
 from strategies.wrapper import Unlearning
 from unlearning import ffmu, margins, pcmu
-from unlearning.errors import NotCertifiedError, ParametersError, SecateurError
+from unlearning.catalogue import Target
+from unlearning.errors import (
+    ImpossibleRequestError,
+    NotCertifiedError,
+    ParametersError,
+    SecateurError,
+)
 from unlearning.parameters import weighted_mean
 from unlearning.pcmu import Quantiser
+from unlearning.routing import Request
 
 NOBODY = {"fraction_evaluate": 0.0, "min_train_nodes": 1, "min_available_nodes": 1}
 FULL = Ffmu(local="full")
@@ -424,3 +433,27 @@ def test_rounds_that_were_not_seen_are_not_certified(scripted_grid):
     final = run_rounds(federation, scripted_grid(certifiable, 3), PLAIN, rounds=6, played=2)
     with pytest.raises(NotCertifiedError, match=r"needs all 6 rounds .* and 4 were looked at"):
         strategy.answer(final, {node(federation, 0): 1})
+
+
+# ---------------------------------------------------------------- methods with a step of their own
+@pytest.mark.parametrize("name", ["rapid-retraining", "noisy-gd", "rcad"])
+def test_models_of_another_step_are_not_taken_for_gradients(name):
+    ready = [MAKE[name](), Retrain()]
+    promise = "exact" if name == "rapid-retraining" else "approximate"
+    request = Request(Target.SAMPLES, (), "privacy", tokens=("0" * 32,), method=name,
+                      guarantee=promise)  # fmt: skip
+    models = Ffmu(models=True)
+    for strategy, served in (
+        (FFMU(rounds=4), False), (FFMU(rounds=4, action=models), True), (FedAvg(), True),
+    ):  # fmt: skip
+        federation = Unlearning(strategy, screen=Screen(), others=ready)
+        federation.initial({"weight": torch.zeros(2)}, {})
+        if served:
+            assert federation.route(request).method == name
+            Unlearning(strategy, screen=Screen(), method=ready[0])
+            continue
+        with pytest.raises(ImpossibleRequestError, match=f"{name} plays rounds .*; retrain would"):
+            federation.route(request)
+        # Nor may it be what a detector's findings are forgotten by, which nobody routes.
+        with pytest.raises(SecateurError, match=f"{name} plays rounds of models, and FFMU takes"):
+            Unlearning(strategy, screen=Screen(), method=ready[0])

@@ -1,6 +1,7 @@
 """Methods in which holders change the model, and rounds of other training: with canned answers."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ from strategies.actions import (
     joined,
     parted,
 )
+from strategies.methods.catalogue import MAKE
 from strategies.methods.dropping import NothingHeldError, after_dropping
 from strategies.methods.holders import Ball, Holders, TakeBack, ascending, flipping, macforget
 from strategies.methods.interface import Unlearned, done
@@ -89,7 +91,7 @@ def test_changes_add_up_by_the_rows_of_holders(make, step):
     assert value(found.model) == pytest.approx(2.75)
     assert value(start) == 1
     assert found.model["norm.num_batches_tracked"] == start["norm.num_batches_tracked"]
-    assert found.settings == {"holders": 2, "learning_rate": 0.5}
+    assert {"holders": 2, "strength": 1.0, "learning_rate": 0.5}.items() <= found.settings.items()
     assert not found.exact
     assert (asked.action, asked.to) == (step.action, tuple(map(client, range(3))))
     assert step.model_validate(dict(asked.config)) == step(
@@ -266,11 +268,69 @@ def test_a_radius_of_ones_own_and_one_from_the_last_round():
     found, _ = run(
         Ball(radius=0.25).plan(leaving(Ball(), memory(model(), model(3.0)), model())), inside
     )
-    assert found.settings == {"radius": 0.25, "distance": 0}
+    assert {"radius": 0.25, "distance": 0}.items() <= found.settings.items()
     unknown = memory(model(), model(3.0))
     unknown.initial = None  # then from where the last round started: 1 - 0.5
     found, _ = run(Ball().plan(leaving(Ball(), unknown, model())), inside)
     assert found.settings["radius"] == pytest.approx(0.5 * math.sqrt(ENTRIES) / 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["ascent", "label-flip", "macforget", "pga", "rapid-retraining", "noisy-gd", "rcad"]
+)
+def test_what_a_method_is_not_set_by_is_refused_when_it_is_made(name):
+    with pytest.raises(
+        SecateurError, match=rf"^{name} has no setting lerning_rate = 9\.0; it has "
+    ):
+        MAKE[name](lerning_rate=9.0)
+    # What says whose rows are meant, and what the messages' own keys are called, is no setting.
+    for key in ("forget", "forget_class", "learning-rate"):
+        with pytest.raises(SecateurError, match=f"^{name} has no setting {key} = 'all'"):
+            MAKE[name](**{key: "all"})
+    with pytest.raises(SecateurError) as caught:
+        MAKE[name](colour="red")
+    offered = str(caught.value).partition("it has ")[2].split(", ")
+    assert len(offered) > 1
+    asked = {"strength", "share", "radius"} & set(offered)
+    assert MAKE[name](**dict.fromkeys(asked, 0.5)) is not None  # what it offers, it takes
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("ascent", {"epochs": 0}, "ascent: epochs = 0: Input should be greater than or equal to 1"),
+        ("ascent", {"pattern": "plaid"}, "ascent: pattern = 'plaid': Input should be 'comb'"),
+        ("ascent", {"strength": -1.0}, "strength of holders must be at least 0, got -1.0"),
+        (
+            "label-flip",
+            {"first": "much"},
+            "label-flip: first = 'much': Input should be a valid num",
+        ),
+        ("label-flip", {"learning_rate": math.inf}, "learning_rate = inf: a setting must be a fin"),
+        ("macforget", {"share": 1.5}, "macforget: share = 1.5: Input should be less than or equal"),
+        ("macforget", {"strength": math.nan}, "strength of holders must be at least 0, got nan"),
+        ("pga", {"floor": 2}, "pga: floor = 2: Input should be less than or equal to 1"),
+        ("pga", {"radius": -1.0}, "radius of a ball must be at least 0, got -1.0"),
+        ("rapid-retraining", {"rapid_rate": 0}, "rapid_rate = 0: Input should be greater than 0"),
+        ("rapid-retraining", {"share": 0.0}, "share of rounds that rapid-retraining plays must be"),
+        ("noisy-gd", {"clip": -2}, "noisy-gd: clip = -2: Input should be greater than 0"),
+        ("rcad", {"share": math.nan}, "share of rounds that rcad plays must be over 0, got nan"),
+    ],
+)
+def test_values_that_cannot_be_are_one_line_when_a_method_is_made(name, wrong, message):
+    with pytest.raises(SecateurError, match=re.escape(message)) as caught:
+        MAKE[name](**wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_are_told_in_their_types_and_all_of_them():
+    made = ascending(epochs="7", partial="no")
+    found, (asked,) = run(made.plan(situation(waiting((0,)))), holding((2.0, 30)))
+    told = Ascent(forget="none", epochs=7, partial=False).model_dump(
+        exclude={"forget", "forget_class", "forget_tokens"}
+    )
+    assert {key: found.settings[key] for key in told} == told
+    assert (asked.config["epochs"], asked.config["partial"]) == (7, False)
 
 
 def test_what_pga_froze_is_a_copy_without_what_others_sent():

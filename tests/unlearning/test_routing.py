@@ -245,20 +245,20 @@ SAMPLES = {"target": "samples"} | APPROXIMATELY
 DATA_CELLS = [
     # A class, all clients answer: FisherMask -> TF-IDF (CNN) -> ascent -> Retrain
     (CLASS, {I, K, R, V, Y}, "", "fisher-mask", ""),
-    (CLASS, {R}, "", "fisher-mask", ""),
+    (CLASS, {R, Y}, "", "fisher-mask", ""),
     (CLASS | {"clients": ()}, {I, R, V, Y}, "", "fisher-mask", ""),
     (CLASS | {"label": 0}, {I, R, V, Y}, "", "fisher-mask", ""),
     (CLASS, {I, R, V, Y}, "fisher-mask", "tfidf", ""),
     (CLASS, {I, R, Y}, "fisher-mask", "ascent", "tfidf"),
     (CLASS, {I, R, V, Y}, "fisher-mask tfidf", "ascent", ""),
     (CLASS, {I, R, V, Y}, "fisher-mask tfidf ascent", "retrain", ""),
-    (CLASS, {I, R, V}, "fisher-mask", "retrain", "tfidf ascent"),
+    (CLASS, {I, R, Y}, "fisher-mask ascent", "retrain", "tfidf"),
     # Neither a batch log nor certified deletions change what is done about a class.
     (CLASS, {I, R, V, Y, G, F}, "", "fisher-mask", ""),
     ({"target": "class"}, {I, K, R, V, Y, G, F}, "", "rollback", ""),
     # A class, clients only drop it: NoT -> Retrain
     (CLASS | DROP_ONLY, {I, K, R, V, Y}, "", "not", ""),
-    (CLASS | DROP_ONLY, {R}, "", "not", ""),
+    (CLASS | DROP_ONLY, {R, Y}, "", "not", ""),
     (CLASS | DROP_ONLY, {I, R, V, Y}, "not", "retrain", ""),
     # Samples, batches logged: amnesiac -> FisherMask -> Rapid Retraining -> Retrain
     (SAMPLES, {I, R, Y, G}, "", "amnesiac", ""),
@@ -296,7 +296,7 @@ DATA_CELLS = [
         for cell in (
             (terms, {I, K, L, R, Y, V, G}, "", "rollback", ""),
             (terms, {I, L, R, Y, V, G}, "", "retrain", "rollback"),
-            (terms, {I, K, R}, "rollback", "retrain", ""),
+            (terms, {I, K, R, Y}, "rollback", "retrain", ""),
         )
     ),
 ]
@@ -341,10 +341,11 @@ def test_drift_takes_the_place_of_fedup_for_attackers_alone():
     ],
 )
 def test_rows_of_the_table_end_in_a_refusal(terms, message):
+    classes = {Y} if terms.get("target") == "class" else set()
     with pytest.raises(MissingNeedError, match=message):
-        route(asking(**terms), having(()))
+        route(asking(**terms), having(classes))
     with pytest.raises(MissingNeedError, match=message.split(" and ")[0]):
-        route(asking(**terms), having(RECORDED - {L, H, K}))  # nobody answers
+        route(asking(**terms), having(RECORDED - {L, H, K} | classes))  # nobody answers
     if terms.get("target") not in DATA:
         with pytest.raises(MissingNeedError, match="fedup needs last round"):
             route(asking(**terms | APPROXIMATELY), having({R}, without=["not"]))
@@ -574,8 +575,9 @@ def test_a_named_method_is_honoured_only_if_its_needs_hold(name, target):
     entry = METHODS[name]
     request = named(name, target=target)
     # Whether clients help is the request's to say, not the federation's.
-    assert route(request, having(entry.needs - {Need.TARGET, Need.DROP})).method == name
-    for need in entry.needs - {Need.TARGET, Need.DROP}:
+    needs = entry.needs | ({Y} if target == "class" else set())
+    assert route(request, having(needs - {Need.TARGET, Need.DROP})).method == name
+    for need in entry.needs - {Need.TARGET, Need.DROP} - ({Y} if target == "class" else set()):
         left = EVERYTHING - {need} - {n for n in EVERYTHING if need in with_implied({n})}
         with pytest.raises(RefusedRequestError) as caught:
             route(request, having(left))
@@ -594,7 +596,7 @@ def test_a_named_method_is_honoured_only_if_its_needs_hold(name, target):
             route(dataclasses.replace(request, **silent), having(EVERYTHING))
     if target in DATA and Need.TARGET not in entry.needs:
         request = dataclasses.replace(request, **DROP_ONLY)
-        assert route(request, having(entry.needs)).method == name
+        assert route(request, having(needs)).method == name
 
 
 @pytest.mark.parametrize("target", ["client", "class", "samples"])
@@ -628,6 +630,50 @@ def test_data_that_nobody_drops_is_not_forgotten(guarantee, cooperates):
     assert route(whole, having(EVERYTHING)).method in ("rollback", "fedup")
 
 
+OWN_STEP = {"rapid-retraining", "noisy-gd", "rcad"}
+
+
+@pytest.mark.parametrize(("name", "target"), [fit for fit in FIT if fit[0] in OWN_STEP])
+def test_where_the_strategy_takes_gradients_no_other_step_plays_its_rounds(name, target):
+    assert {n for n, entry in METHODS.items() if entry.own_step} == OWN_STEP
+    request = named(name, target=target)
+    there = having(EVERYTHING - {F}, gradients=True, retrain=3, rollback=3)
+    assert route(request, dataclasses.replace(there, gradients=False)).method == name
+    with pytest.raises(ImpossibleRequestError, match=f"^{name} plays rounds of models") as caught:
+        route(request, there)
+    assert str(caught.value).endswith(" would work")
+    assert not OWN_STEP & set(re.split(r"[ ,;]+", str(caught.value).split(";")[1]))
+    if name == "rapid-retraining":
+        assert str(caught.value).endswith("; rollback or retrain would work")
+    # Nor is it chosen.
+    asked = asking("samples", guarantee="approximate")
+    there = dataclasses.replace(there, methods=frozenset(METHODS) - {"amnesiac", "fisher-mask"})
+    assert route(asked, dataclasses.replace(there, gradients=False)).method == "rapid-retraining"
+    assert route(asked, there).method == "retrain"
+
+
+@pytest.mark.parametrize("method", [None, "not", "fisher-mask", "retrain", "rapid-retraining"])
+@pytest.mark.parametrize("guarantee", ["exact", "approximate"])
+def test_a_class_that_the_task_does_not_have_is_refused(method, guarantee):
+    def asked(label):
+        return asking("class", label=label, method=method, guarantee=guarantee)
+
+    with pytest.raises(MissingNeedError, match=r"class 3 needs a task with .* name samples"):
+        route(asked(3), having(EVERYTHING - {Y}))
+    for label, classes in ((10, 10), (99, 10), (1, 1)):
+        with pytest.raises(
+            ImpossibleRequestError, match=rf"no class {label}; .* 0 to {classes - 1}$"
+        ):
+            route(asked(label), having(EVERYTHING, classes=classes))
+    may = guarantee == "approximate" or METHODS.get(method, METHODS["retrain"]).guarantee == "exact"
+    for classes in (4, 0):  # the last one there is, or nobody knows how many there are
+        if may:
+            assert route(asked(3), having(EVERYTHING, classes=classes)).method
+    samples = asking("samples", method=method, guarantee=guarantee)
+    if may:
+        assert route(samples, having(EVERYTHING - {Y, F}, classes=0)).method
+
+
 @pytest.mark.parametrize("method", [None, "not", "fisher-mask", "retrain", "rapid-retraining"])
 def test_what_is_not_said_is_not_forgotten(method):
     for guarantee in ("exact", "approximate"):
@@ -647,7 +693,7 @@ def test_what_is_not_said_is_not_forgotten(method):
 @pytest.mark.parametrize("target", ["client", "class", "samples"])
 def test_amnesiac_by_name_wants_the_log_that_was_kept(target):
     request = named("amnesiac", target=target)
-    assert route(request, having({R, G})).method == "amnesiac"
+    assert route(request, having({R, G, Y})).method == "amnesiac"
     with pytest.raises(NoBatchLogError) as caught:
         route(request, having({R, Y}))
     would = {
@@ -737,9 +783,9 @@ def test_what_is_no_federation_s_is_refused_by_name_with_the_reason(name, target
 @pytest.mark.parametrize("target", ["client", "class", "samples"])
 def test_retraining_of_which_nobody_knows_how_long_it_takes_fits_no_budget(target):
     request = named("rapid-retraining", target=target)
-    assert route(request, having({I, R})).method == "rapid-retraining"
+    assert route(request, having({I, R, Y})).method == "rapid-retraining"
     bound = dataclasses.replace(request, most_rounds=9)
-    there = having({I, R}, retrain=10)
+    there = having({I, R, Y}, retrain=10)
     with pytest.raises(BudgetError, match=r"^nobody knows how many rounds rapid-retraining would"):
         route(bound, there)
     nine, ten = (
@@ -805,6 +851,8 @@ STATES = st.builds(
     methods=st.frozensets(st.sampled_from(sorted(METHODS))) | st.just(frozenset(METHODS)),
     fewest=st.integers(1, 4),
     present=st.none() | st.frozensets(st.sampled_from("abcdefgh")),
+    classes=st.sampled_from([0, 3, 4]),
+    gradients=st.booleans(),
 )
 
 
@@ -813,7 +861,9 @@ def possible(request, available):
     if request.target in DATA:
         said = request.tokens
         if request.target is Target.CLASS:
-            said = request.label is not None and request.label >= 0
+            known = request.label is not None and request.label >= 0
+            said = known and Y in available.needs
+            said = said and (not available.classes or request.label < available.classes)
         return bool(said) and request.target_drops and request.cause == "privacy"
     return 0 < len(request.clients) < available.participants
 
@@ -843,6 +893,7 @@ def test_no_request_is_served_by_what_must_not_serve_it(request, available):
         there -= {Need.RETAINED}
     assert entry.needs <= there
     assert possible(request, available)
+    assert not (entry.own_step and available.gradients)
     assert request.target in entry.targets
     assert request.method in (None, found.method)
     assert entry.routed or request.method == found.method
