@@ -121,6 +121,7 @@ class Unlearning(Strategy):
         offers: Collection[Need] = (),
         classes: int = 0,
     ) -> None:
+        needs = needs_of([m for m in (method, *others) if m is not None])
         check_combination(strategy, screen, detector, method, others)
         if not 0 <= quorum <= 1:
             raise ValueError(f"quorum must lie in [0, 1], got {quorum}")
@@ -128,11 +129,10 @@ class Unlearning(Strategy):
         self.screen = screen
         self.detector = detector
         self.warm_up = (hysteresis or Hysteresis()).warm_up
-        ready = [m for m in (method, *others) if m is not None]
         self.forgetting = Forgetting(
             method,
             others,
-            memory=memory if memory is not None else Memory(needs_of(ready)),
+            memory=memory if memory is not None else Memory(needs),
             rate_limit=rate_limit or RateLimit(),
             lab=lab,
             offers=offers,
