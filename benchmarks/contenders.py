@@ -11,14 +11,20 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from benchmarks import plain
 from client.app import build_app, honest_job
 from client.task.evaluation import state_of
 from client.task.protocol import load_task
 from client.train import Job
-from server.federation import TEST, build_detector, central_measure, initial_model
+from server.federation import (
+    TEST,
+    build_detector,
+    build_strategy,
+    central_measure,
+    initial_model,
+)
 from server.settings import Settings
 from simulation.engines import ray
 from simulation.engines.inprocess import InProcessGrid, collect_rarely
@@ -48,6 +54,13 @@ def client_app(settings: Settings) -> ClientApp:
     return build_app(settings.task_options().model_dump(by_alias=True))
 
 
+def strategy_of(settings: Settings) -> Strategy:
+    """Return the strategy of a workload; nobody evaluates but the server."""
+    if settings.strategy == "fedavg":
+        return FedAvg(fraction_evaluate=0.0)
+    return build_strategy(settings.model_copy(update={"fraction_evaluate": 0.0}))
+
+
 class Run:
     """The rounds of one federation, on any grid."""
 
@@ -65,7 +78,7 @@ class Run:
         task = load_task(settings.task_options())
         model = initial_model(task, settings.seed)
         federation = Unlearning(
-            FedAvg(fraction_evaluate=0.0),
+            strategy_of(settings),
             screen=Screen() if self.screened else None,
             detector=build_detector(settings) if self.screened else None,
             identify=by_partition,

@@ -65,6 +65,21 @@ def _digits(clients: int) -> Workload:
     )
 
 
+def _ffmu(clients: int, local: str) -> Workload:
+    plain = _digits(clients)
+    how = {
+        "path": "1 local epoch of quantised steps in batches of 15",
+        "full": "one gradient of all rows of a client, row by row",
+    }
+    return replace(
+        plain,
+        summary=f"FFMU on scikit-learn's digits, {clients} clients, MLP 64-32-10 (2,410 "
+        f"parameters), {how[local]}",
+        values={**plain.values, "strategy": "ffmu", "local_gradient": local},
+        contenders=("sequential", "batched"),
+    )
+
+
 def _fashion(clients: int, rounds: int, quick_rounds: int) -> Workload:
     return Workload(
         f"Fashion-MNIST, {clients} clients, LeNet (61,706 parameters), 2 local epochs in batches "
@@ -107,6 +122,11 @@ EXAMPLES = 10
 WORKLOADS: dict[str, Workload] = {
     "digits-10": _digits(10),
     "digits-100": _digits(100),
+    **{
+        f"ffmu-{local}-{clients}": _ffmu(clients, local)
+        for local in ("path", "full")
+        for clients in (10, 100)
+    },
     "fashion-100": _fashion(100, 6, 4),
     "fashion-1000": _fashion(1000, 6, 4),
     "cifar-10": Workload(

@@ -47,7 +47,7 @@ def test_ffmu_gives_the_same_bits_on_ray_and_in_one_process(local, tmp_path):
     common = ["--set", "rounds=3", "--set", "examples=300", "--set", f"local-gradient={local}",
               "--set", "clients.total=4"]  # fmt: skip
     reports, models = [], []
-    for engine in (["--engine", "ray"], ["--engine", "inprocess"]):
+    for engine in (["--engine", "ray"], ["--engine", "inprocess", "--no-batch"]):
         folder = tmp_path / engine[1]
         with pytest.raises(SystemExit) as done:
             main(["run", "ffmu", "--out", str(folder), *common, *engine])

@@ -614,11 +614,11 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch, caplog):
     sizes = []
     train = batched.BatchedTraining.train
 
-    def tight(self, chunk, model):
+    def tight(self, chunk, model, work):
         sizes.append(len(chunk))
         if len(chunk) > 2:
             raise torch.OutOfMemoryError("no room")
-        return train(self, chunk, model)
+        return train(self, chunk, model, work)
 
     monkeypatch.setattr(batched.BatchedTraining, "train", tight)
     training = Training()
@@ -632,7 +632,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch, caplog):
 
 
 def test_a_client_too_large_for_the_memory_is_an_error_of_its_own(monkeypatch):
-    def full(self, chunk, model):
+    def full(self, chunk, model, work):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(batched.BatchedTraining, "train", full)
@@ -671,8 +671,8 @@ def test_memory_grows_with_the_chunk_and_not_with_the_clients(workers, monkeypat
     class Held:
         """Stands for a chunk's models: it lives as long as they do."""
 
-    def watched(self, chunk, model):
-        trained = train(self, chunk, model)
+    def watched(self, chunk, model, work):
+        trained = train(self, chunk, model, work)
         trained.stack["0.weight"].held = held = Held()
         alive.add(held)
         return trained
@@ -757,13 +757,13 @@ def test_a_failed_attempt_is_gone_before_the_next(monkeypatch):
     class Made:
         """Stands for what an attempt had in memory."""
 
-    def tight(self, chunk, model):
+    def tight(self, chunk, model, work):
         seen.append(len(alive))
         made = Made()
         alive.add(made)
         if len(chunk) > 1:
             raise torch.OutOfMemoryError("no room")
-        return train(self, chunk, model)
+        return train(self, chunk, model, work)
 
     monkeypatch.setattr(batched.BatchedTraining, "train", tight)
     task = Toy(mlp)
