@@ -22,6 +22,7 @@ from client.central.run import Target, forgotten, prepared
 from client.central.settings import Training, Tuning
 from client.task.protocol import TaskOptions, load_task
 from unlearning.masking import volatility_abs, volatility_net
+from unlearning.parameters import trained_names
 
 FORGET_CLASS = 3
 EXAMPLES = 6_000
@@ -45,6 +46,12 @@ PAPER: dict[str, tuple[float, float]] = {
 }
 """Paper 001, Table 1: accuracy on remaining and on forgotten data, in per cent, right after
 masking; means over 16 models. The row of fine-tuning is the model as it was."""
+BY_LAYER = "fisher-mask, by layer"
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in PAPER},
+    BY_LAYER: ("fisher-mask", {"scope": "layer"}),
+}
+"""Row of a table -> method and its settings."""
 MASKS = ("fisher-mask", "activation-mask", "grad-mask", "random-mask")
 NAME = "masks"
 console = Console(stderr=True)
@@ -60,18 +67,21 @@ def one(cell: str, seed: int, data_dir: str, examples: int) -> dict[str, Any]:
     training = Training.model_validate({**TRAINING, "seed": seed})
     case, grade = prepared(options, training, Target(FORGET_CLASS))
     found: dict[str, Any] = {"rows": case.all_rows, "forgotten": len(case.rows), "methods": {}}
-    for name in PAPER:
+    first = trained_names(case.model)[0]
+    for row, (name, settings) in ROWS.items():
         method = METHODS[name]
-        outcome = forgotten(case, grade, method, method.settings(), Tuning())
+        outcome = forgotten(case, grade, method, method.settings(**settings), Tuning())
+        zero = outcome.made.models[0][first] == 0
         course = [outcome.unlearned, *outcome.tuned]
         found["before"] = outcome.before
-        found["methods"][name] = {
+        found["methods"][row] = {
             "retained": [point["retained"] for point in course],
             "forget": [point["forget_test"] for point in course],
             "forget_train": [point["forget_train"] for point in course],
             "worst": [point["worst"] for point in course],
             "seconds": outcome.seconds,
-            "settings": method.settings().model_dump(by_alias=True),
+            "zeroed_in_first_layer": float(zero.float().mean()),
+            "settings": method.settings(**settings).model_dump(by_alias=True),
         }
     return found
 
@@ -164,7 +174,8 @@ def page(cells: Mapping[str, list[dict[str, Any]]], timed: Mapping[str, Any]) ->
         head = ("method", "remain", "forget", "paper", "remain after 1, 5", "forget after 1, 5",
                 "volatility of forget, net / abs", "s")  # fmt: skip
         parts += [f"## {cell}", untouched]
-        parts.append(seeds.table(head, [_row(name, runs) for name in PAPER]))
+        parts.append(seeds.table(head, [_row(name, runs) for name in ROWS]))
+        parts.append(_where(runs))
         verdicts = [(what, v["verdict"], v["numbers"]) for what, v in judged(runs).items()]
         parts.append(seeds.table(("expected", "verdict", "numbers"), verdicts))
     parts += [
@@ -178,9 +189,28 @@ def page(cells: Mapping[str, list[dict[str, Any]]], timed: Mapping[str, Any]) ->
     return "\n\n".join(parts) + "\n"
 
 
+def _where(runs: list[dict[str, Any]]) -> str:
+    """Say what the share over the whole model does to a small first layer."""
+
+    def of(row: str, key: str) -> str:
+        return _pc(mean([run["methods"][row][key] for run in runs]))
+
+    worst, layered = (
+        _pc(mean([run["methods"][row]["worst"][0] for run in runs]))
+        for row in ("fisher-mask", BY_LAYER)
+    )
+    zeroed = "zeroed_in_first_layer"
+    return (
+        "FisherMask's share is of all parameters together, as specified; it zeroes "
+        f"{of('fisher-mask', zeroed)} % of the few weights of the first convolution, and the worst "
+        f"of the classes that stay is left with {worst} %. With the same share of each tensor "
+        f"(`scope=layer`) it zeroes {of(BY_LAYER, zeroed)} % there and leaves {layered} %."
+    )
+
+
 def _row(name: str, runs: list[dict[str, Any]]) -> tuple[str, ...]:
     found = [run["methods"][name] for run in runs]
-    remain, forget = PAPER[name]
+    printed = " / ".join(map(str, PAPER[name])) if name in PAPER else "-"
     net = mean([volatility_net(one["forget"]) or 0.0 for one in found])
     size = mean([volatility_abs(one["forget"]) or 0.0 for one in found])
 
@@ -191,7 +221,7 @@ def _row(name: str, runs: list[dict[str, Any]]) -> tuple[str, ...]:
         name,
         after("retained", 0),
         after("forget", 0),
-        f"{remain} / {forget}",
+        printed,
         f"{after('retained', 1)}, {after('retained', -1)}",
         f"{after('forget', 1)}, {after('forget', -1)}",
         f"{100 * net:+.1f} / {100 * size:.1f}",
