@@ -16,6 +16,7 @@ from client.central.run import Outcome
 from client.central.settings import Keys, Tuning
 from client.task.protocol import TaskOptions
 from strategies.archive import save_model
+from unlearning.catalogue import titled
 from unlearning.errors import SecateurError
 
 SCHEMA_VERSION = 1
@@ -90,7 +91,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     gone = report["forgotten"]
     what = f"class {gone['class']}, {gone['rows']}" if gone["kind"] == "class" else gone["rows"]
     lines = [
-        f"# {report['method']} on {report['task']}",
+        f"# {titled(report['method'])} on {report['task']}",
         "",
         f"Forgotten: {what} of {gone['of']} training rows. Seed {report['seed']}. Accuracies, in "
         "per cent: on test rows of the classes that stay and of the worst of them, on the training "
