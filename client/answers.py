@@ -12,7 +12,7 @@ from client.contexts import (
     training_settings,
 )
 from client.forgetting.holding import holding_with
-from client.forgetting.interface import Holding, Rows
+from client.forgetting.interface import Holding, Outcome, Rows
 from client.forgetting.steps import do
 from client.keeping import keeping_of
 from client.rows import subset
@@ -28,7 +28,8 @@ def answer(kind: type[Action], message: Message, context: Context, own: TaskOpti
 
     A step that changes the model is answered with the model as it came where the client holds
     nothing of what is to be forgotten, and weighs as much as its other rows: answers are judged
-    by the usual one. All such answers have one metric, ``rows``: how many rows are forgotten.
+    by the usual one. All such answers have the metrics of the step, 0 where it was not done, and
+    ``rows``: how many rows are forgotten.
     """
     settings, start = kind.model_validate(config_of(message)), start_of(message)
     holding = _holding(settings, message, context, own)
@@ -43,10 +44,11 @@ def answer(kind: type[Action], message: Message, context: Context, own: TaskOpti
         content = messages.train_reply(outcome.arrays, told, max(1, forgotten + remaining))
         return Message(content, reply_to=message)
     if forgotten:
-        made = do(settings, start, holding).arrays
+        outcome = do(settings, start, holding)
     else:
-        made = parted(start)["reference"] if kind is Ascend else start
-    content = messages.train_reply(made, {"rows": forgotten}, forgotten or max(1, remaining))
+        outcome = Outcome(parted(start)["reference"] if kind is Ascend else start)
+    told = {**dict.fromkeys(kind.told, 0), **outcome.metrics, "rows": forgotten}
+    content = messages.train_reply(outcome.arrays, told, forgotten or max(1, remaining))
     return Message(content, reply_to=message)
 
 

@@ -180,9 +180,11 @@ def summary(report: dict[str, Any], folder: Path) -> None:
     from rich.table import Table  # noqa: PLC0415
 
     from client.central.report import COLUMNS, POINTS, percent  # noqa: PLC0415
+    from unlearning.catalogue import titled  # noqa: PLC0415
 
     console = Console(emoji=False)
-    table = Table(title=f"{report['method']} on {report['task']}, per cent", title_justify="left")
+    title = f"{titled(report['method'])} on {report['task']}, per cent"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for title in COLUMNS.values():
         table.add_column(title, justify="right")

@@ -20,6 +20,7 @@ from simulation.plots import (
     spans,
 )
 from strategies.detectors.catalogue import DETECTORS
+from unlearning.catalogue import titled
 
 DASH, MINUS, SPACE, TIMES = "\u2013", "\u2212", "\u00a0", "\u00d7"
 WORDS = (
@@ -463,7 +464,12 @@ def _unlearning(unlearning: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         "megabytes": f"{unlearning['memory_bytes'] / 1e6:.1f}{SPACE}MB",
         "sent": f"{unlearning['bytes_sent'] / 1e6:.1f}{SPACE}MB",
         "what": _what(unlearning) if unlearning["holders"] or not unlearning["clients"] else "",
+        "method": titled(unlearning["method"]),
         "settings": ", ".join(f"{k} {v}" for k, v in unlearning["settings"].items()),
+        "progress": ", ".join(
+            f"{key.replace('_', ' ')} {value:.4g}"
+            for key, value in unlearning.get("progress", {}).items()
+        ),
         "mistaken": sorted(facts.mistaken.intersection(unlearning["clients"])),
         "marks": [] if unlearning["refused"] else [_marks(one) for one in unlearning["marks"]],
     }

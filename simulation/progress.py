@@ -15,6 +15,7 @@ from server.federation import TEST
 from simulation.probes import BACKDOOR, FLIP
 from simulation.scenario import Scenario
 from strategies.records import RoundRecord
+from unlearning.catalogue import titled
 from unlearning.plan import Ask
 
 MOST_TOLD = 10
@@ -150,7 +151,7 @@ def events(record: RoundRecord) -> list[str]:
         zeroed, size = sum(unlearning.zeroed.values()), sum(unlearning.sizes.values())
         share = f", {zeroed} of {size} weights zeroed" if size else ""
         what = ", ".join(unlearning.targets or unlearning.clients)
-        lines.append(f"[bold]{unlearning.method} forgot {escape(what)}[/]{share}")
+        lines.append(f"[bold]{titled(unlearning.method)} forgot {escape(what)}[/]{share}")
         lines += [f"[yellow]{escape(warning)}[/]" for warning in unlearning.warnings]
     return lines
 

@@ -159,6 +159,7 @@ def _unlearning(record: UnlearningRecord, left: Sequence[str]) -> dict[str, Any]
         "rounds_asked": record.rounds_asked,
         "bytes_sent": record.bytes_sent,
         "settings": dict(record.settings),
+        "progress": dict(record.progress),
         "zeroed": sum(record.zeroed.values()),
         "zeroed_by_layer": {
             name: {"zeroed": count, "of": record.sizes[name]}

@@ -52,6 +52,8 @@ class Action(BaseModel):
 
     action: ClassVar[str]
     """Message type."""
+    told: ClassVar[tuple[str, ...]] = ()
+    """Metrics of an answer that say how a step went; all are 0 where there was nothing to do."""
 
     def config(self) -> dict[str, Scalar]:
         """Return the settings as they travel."""
@@ -111,6 +113,7 @@ class Ascend(Selection):
     """
 
     action = "train.ascend"
+    told = ("steps", "distance", "stopped", "floor_measured")
 
     radius: float = Field(ge=0, allow_inf_nan=False)
     epochs: int = Field(ascent.EPOCHS, ge=1)
@@ -120,7 +123,8 @@ class Ascend(Selection):
     farthest: float = Field(ascent.FARTHEST, gt=0)
     batch_size: int = Field(32, ge=1)
     floor: float = Field(0.12, ge=0, le=1)
-    """Accuracy on the client's own test rows under which it stops."""
+    """Accuracy on the client's own test rows under which it stops, where there are some and the
+    task has an accuracy; ``floor_measured`` says so."""
 
 
 class Partial(Selection):
@@ -185,6 +189,7 @@ class MacForget(Selection):
     """Move the posterior of the selected rows to that of unseen ones (``methods`` 2.9)."""
 
     action = "train.macforget"
+    told = ("steps", "stopped")
 
     steps: int = Field(20, ge=1)
     learning_rate: float = Field(0.01, ge=0)

@@ -68,6 +68,8 @@ class UnlearningRecord:
     """Times that it asked clients; recovery comes on top."""
     bytes_sent: int = 0
     """Of models and statistics, to clients and back, for these."""
+    progress: dict[str, float] = field(default_factory=dict)
+    """How far holders got with the method's step: counts, sums and largest values."""
     warnings: list[str] = field(default_factory=list)
     percentiles: dict[str, float] = field(default_factory=dict)
     """Per client, the share of retained clients with less conflict; low hints at a mistake."""

@@ -755,6 +755,7 @@ class Unlearning(Strategy):
         number = record.number
         record.seconds = seconds
         record.settings = dict(outcome.settings)
+        record.progress = dict(outcome.progress)
         record.zeroed = {name: int(mask.sum()) for name, mask in outcome.masks.items()}
         record.sizes = {name: mask.numel() for name, mask in outcome.masks.items()}
         record.warnings = list(outcome.warnings)

@@ -16,6 +16,7 @@ __all__ = [
     "Need",
     "Target",
     "missing",
+    "titled",
     "with_implied",
 ]
 
@@ -191,3 +192,9 @@ def with_implied(needs: Collection[Need]) -> frozenset[Need]:
 def missing(name: str, available: Collection[Need]) -> tuple[Need, ...]:
     """Return what a method needs and is not there, sorted."""
     return tuple(sorted(METHODS[name].needs - with_implied(available)))
+
+
+def titled(name: str) -> str:
+    """Return how reports name a method."""
+    entry = METHODS.get(name)
+    return entry.title if entry is not None and entry.title else name

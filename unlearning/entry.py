@@ -77,6 +77,8 @@ class Entry:
         Whether it plays past rounds again; whoever waits to be forgotten takes no part in them.
     routed
         Whether ``route`` may choose it; the others are there for comparison, by name.
+    title
+        How reports name it, where its name says too much.
     own_step
         Whether clients train by a step of its own in the rounds that it plays, whose models the
         strategy aggregates.
@@ -97,6 +99,7 @@ class Entry:
     events: bool = True
     replays: bool = False
     routed: bool = True
+    title: str = ""
     own_step: bool = False
     federated: bool = True
 

@@ -130,6 +130,7 @@ HOLDERS: dict[str, Entry] = {
         "2.9",
         events=False,
         routed=False,
+        title="MacForget (approximate)",
     ),
     "pga": Entry(
         "The leaving client climbs its own loss inside a ball around the others' average",

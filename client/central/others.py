@@ -220,4 +220,6 @@ def posterior(settings: MacForget, case: Case) -> Made:
     """Move the posterior of the rows to that of unseen ones."""
     asked = selected(settings.model_dump(), actions.MacForget, case)
     outcome = do(asked, case.model, case.holding)
-    return Made((outcome.arrays,), notes=dict(outcome.metrics))
+    unmoved = "unmoved: the rows are predicted no more surely than unseen ones already, so no step"
+    warnings = () if outcome.metrics["steps"] else (f"{unmoved} was taken",)
+    return Made((outcome.arrays,), notes=dict(outcome.metrics), warnings=warnings)

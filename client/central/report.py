@@ -17,6 +17,7 @@ from client.central.settings import Keys, Tuning
 from client.files import write_files
 from client.task.protocol import TaskOptions
 from strategies.archive import save_model
+from unlearning.catalogue import titled
 
 SCHEMA_VERSION = 1
 COLUMNS = {
@@ -101,7 +102,7 @@ def markdown(report: Mapping[str, Any], drawn: Iterable[str] = ()) -> str:
     gone = report["forgotten"]
     what = f"class {gone['class']}, {gone['rows']}" if gone["kind"] == "class" else gone["rows"]
     lines = [
-        f"# {report['method']} on {report['task']}",
+        f"# {titled(report['method'])} on {report['task']}",
         "",
         f"Forgotten: {what} of {gone['of']} training rows. Seed {report['seed']}. Accuracies, in "
         "per cent: on test rows of the classes that stay and of the worst of them, on the training "

@@ -13,7 +13,7 @@ from unlearning.ascent import (
     loss_over,
     most_uncertain_loss,
 )
-from unlearning.errors import MissingNeedError, ParametersError
+from unlearning.errors import ParametersError
 from unlearning.parameters import Parameters
 from unlearning.partial_updates import Stop, shares_by_depth
 from unlearning.randomness import derive_seed, generator
@@ -30,13 +30,9 @@ def ascend(settings: Ascend, model: Parameters, holding: Holding) -> Outcome:
     Returns
     -------
     Outcome
-        The model in the ball; metrics ``steps``, ``distance`` from w_ref, and ``stopped``, 1 if a
-        stop rule ended it.
-
-    Raises
-    ------
-    MissingNeedError
-        If there is a floor, and no test rows or no accuracy to hold it against.
+        The model in the ball; metrics ``steps``, ``distance`` from w_ref, ``stopped``, 1 if a stop
+        rule ended it, and ``floor_measured``, 0 if there is no floor, or no
+        test rows or accuracy to hold it against.
     """
     parts = parted(model)
     if parts.keys() != {"reference", "leaver"}:
@@ -44,6 +40,7 @@ def ascend(settings: Ascend, model: Parameters, holding: Holding) -> Outcome:
             "an ascent in a ball starts from the models reference and leaver, and got "
             f"{', '.join(sorted(parts)) or 'none'}"
         )
+    floor = _under(settings.floor, parts["leaver"], holding)
     went = ascend_in_ball(
         parts["reference"],
         parts["leaver"],
@@ -58,7 +55,7 @@ def ascend(settings: Ascend, model: Parameters, holding: Holding) -> Outcome:
         momentum=settings.momentum,
         longest=settings.longest,
         farthest=settings.farthest,
-        stop=_under(settings.floor, holding) if settings.floor else None,
+        stop=floor,
     )
     return Outcome(
         went.model,
@@ -66,29 +63,25 @@ def ascend(settings: Ascend, model: Parameters, holding: Holding) -> Outcome:
             "steps": len(went.distances),
             "distance": rules.distance(went.model, parts["reference"]),
             "stopped": int(went.stopped),
+            "floor_measured": int(floor is not None),
         },
     )
 
 
-def _under(floor: float, holding: Holding) -> Stop:
-    """Return a stop rule: accuracy on the holder's own test rows is under a floor."""
+def _under(floor: float, start: Parameters, holding: Holding) -> Stop | None:
+    """Return a stop rule: accuracy on the holder's own test rows is under a floor.
+
+    ``None`` where nothing can be under it: the floor is 0, or there is no accuracy.
+    """
 
     def accuracy(model: Parameters) -> float | None:
-        if not len(holding.test[0]):
-            return None
         outputs = predicted(model, holding, holding.test)
         return accuracy_of(holding.task.metrics(outputs, holding.test[1]))
 
-    def reached(model: Parameters) -> bool:
-        found = accuracy(model)
-        if found is None:
-            raise MissingNeedError(
-                "an ascent ends when accuracy on the client's test rows falls under a floor, and "
-                "it has no such rows or its task no accuracy; set floor to 0"
-            )
-        return found < floor
-
-    return reached
+    if not floor or not len(holding.test[0]) or accuracy(start) is None:
+        return None
+    # A task that has an accuracy of one model, and none of another, is stopped.
+    return lambda model: (accuracy(model) or 0.0) < floor
 
 
 def ascent(settings: Ascent, model: Parameters, holding: Holding) -> Outcome:

@@ -22,6 +22,7 @@ from strategies.actions import (
 )
 from strategies.memory import LastRound, Memory
 from strategies.methods.interface import Situation, Unlearned, sums
+from strategies.methods.progress import progress_of
 from unlearning import ascent
 from unlearning.errors import (
     MissingNeedError,
@@ -86,7 +87,8 @@ class Holders:
             for name in trained_names(model):
                 result[name] += moved[name] - model[name]
         told = {"holders": len(acted), "strength": self.strength, **self.settings}
-        return Unlearned(result, settings=told)
+        progress, warnings = progress_of(self.step, model, acted)
+        return Unlearned(result, settings=told, progress=progress, warnings=warnings)
 
 
 def ascending(*, strength: float = 1.0, **settings: Any) -> Holders:
@@ -227,7 +229,14 @@ class Ball:
         assert answer.arrays is not None  # noqa: S101  the screen has looked
         model = ascent.projected_again(answer.arrays, reference, radius)
         told = {"radius": radius, "distance": ascent.distance(model, reference), **self.settings}
-        return Unlearned(model, settings=told)
+        went = {metric: answer.metrics.get(metric, 0) for metric in Ascend.told}
+        unmeasured = self.settings["floor"] > 0 and not went["floor_measured"]
+        warning = (
+            f"floor_not_measured: {client} has no test rows or its task no accuracy, so that no "
+            "floor held the ascent"
+        )
+        warnings = (warning,) if unmeasured else ()
+        return Unlearned(model, settings=told, progress=went, warnings=warnings)
 
 
 def climbing(*, radius: float | None = None, **settings: Any) -> Ball:

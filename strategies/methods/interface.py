@@ -172,6 +172,8 @@ class Unlearned:
     origin: int | None = None
     """Round after which all rounds were played again; ``None`` where the model was changed."""
     warnings: tuple[str, ...] = ()
+    progress: Mapping[str, float] = field(default_factory=dict)
+    """How far holders got with their step: counts, sums and largest values."""
 
 
 class Method(Protocol):

@@ -142,7 +142,8 @@ def test_every_step_is_answered_with_a_model(kind, data, model, tmp_path):
     assert all(found[n].shape == t.shape and found[n].dtype == t.dtype for n, t in before.items())
     assert same(made.model, before)  # the message's own arrays are not written to
     if kind in SELECTS:
-        assert (metrics, weight) == ({"rows": count}, count)
+        assert (metrics.pop("rows"), weight) == (count, count)
+        assert metrics.keys() == set(kind.told)
     else:
         assert weight == len(made.rows()[1])
     checked = Screen().check([Reply("client-0000", 1, reply)], made.model)
@@ -169,7 +170,9 @@ def test_who_holds_nothing_of_it_returns_the_model_and_all_answers_agree(
     replies = [made.ask(asked, node) for node in range(CLIENTS)]
     for node, reply in enumerate(replies):
         found, metrics, weight = read(reply)
-        assert metrics == {"rows": 0 if node else 2}
+        assert metrics.pop("rows") == (0 if node else 2)
+        assert metrics.keys() == set(kind.told)
+        assert node == 0 or not any(metrics.values())
         assert weight == (len(made.rows(node)[1]) if node else 2)
         assert same(found, made.model) == (bool(node) or kind in IDLE)
     assert computed == [2]  # a step need not know what to do with no rows
@@ -267,6 +270,20 @@ def test_what_is_drawn_depends_on_the_round_and_the_client(tmp_path):
     found = {n: read(made.ask(asked, number=n))[0] for n in (4, 5)}
     assert not same(found[4], found[5])
     assert not same(found[4], read(made.ask(asked, node=1))[0])
+
+
+def test_how_a_step_went_is_told():
+    made = Federation()
+    went = read(made.ask(Ascend(forget="all", radius=0.5, epochs=2, floor=0.0)))[1]
+    rows = len(made.rows()[1])
+    assert went["rows"] == rows
+    # Two passes over all rows, 32 at a time; a floor of 0 is none.
+    assert went["steps"] == 2 * -(-rows // 32)
+    assert 0 < went["distance"] <= 0.5 + 1e-5
+    assert (went["stopped"], went["floor_measured"]) == (0, 0)
+    asked = Ascend(forget="all", radius=0.5, epochs=2, floor=1.0)
+    went = read(made.ask(asked))[1]  # no model is never wrong
+    assert (went["stopped"], went["floor_measured"]) == (1, 1)
 
 
 # ---------------------------------------------------------------- what is refused

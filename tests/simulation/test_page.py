@@ -645,3 +645,21 @@ def test_lists() -> None:
     assert listed(["a", "b", "c"]) == "a, b and c"
     assert listed(["a", "b", "c"], most=2) == "a, b and 1 more"
     assert ranges([1, 2, 3, 7]) == "1\u20133, 7"
+
+
+def test_how_far_holders_got_is_shown_and_an_approximation_is_named_as_one():
+    report = clean()
+    report["unlearnings"] = [
+        an_unlearning(
+            4, [], cause="privacy", method="macforget", targets=["class 3"], holders=CLIENTS,
+            progress={"holders_moved": 2, "most_steps": 20, "farthest": 0.12345},
+        )
+    ]  # fmt: skip
+    report["rounds"][4]["phase"] = "unlearn"
+    page = render(report)
+    assert "MacForget (approximate)" in page
+    assert "holders moved 2, most steps 20, farthest 0.1235" in page
+    report["unlearnings"][0] |= {"method": "fedup", "progress": {}}
+    page = render(report)
+    assert "(approximate)" not in page
+    assert "step</dt>" not in page

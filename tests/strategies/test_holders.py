@@ -140,6 +140,45 @@ def test_holders_that_do_not_answer_weigh_nothing():
         run(ascending().plan(situation(waiting((0, 1)))), holding((None, 0), (None, 0)))
 
 
+@pytest.mark.parametrize("make", [macforget, ascending])
+def test_how_far_holders_got_is_in_the_record_and_that_none_moved_is_warned_of(make):
+    def saying(*told):
+        def reply(who, question):
+            moved, rows, steps = told[int(who[-1])]
+            metrics = {"rows": rows, "steps": steps, "stopped": int(not steps)}
+            return Answer(who, model(1.0 + moved), metrics, max(1, rows))
+
+        return reply
+
+    plan = make().plan(situation(waiting((0, 1, 2))))
+    found, _ = run(plan, saying((0.5, 10, 7), (0.0, 10, 0), (0.0, 0, 0)))
+    steps = {"steps": 7, "most_steps": 7, "stopped": 1, "most_stopped": 1}
+    assert found.progress == {
+        "holders_moved": 1, "farthest": pytest.approx(0.5 * math.sqrt(ENTRIES)),
+        **(steps if make is macforget else {}),
+    }  # fmt: skip
+    assert found.warnings == ()
+    found, _ = run(make().plan(situation(waiting((0, 1)))), saying((0.0, 10, 0), (0.0, 5, 0)))
+    assert (found.progress["holders_moved"], found.progress["farthest"]) == (0, 0)
+    (warning,) = found.warnings
+    assert warning.startswith("unmoved: none of 2 holders changed the model")
+    assert value(found.model) == 1
+
+
+@pytest.mark.parametrize(("floor", "measured", "warned"), [(0.1, 0, 1), (0.1, 1, 0), (0.0, 0, 0)])
+def test_a_floor_that_nobody_could_measure_is_warned_of(floor, measured, warned):
+    made = Ball(radius=0.25, settings={"floor": floor})
+
+    def reply(who, question):
+        told = {"rows": 3, "steps": 4, "stopped": 0, "floor_measured": measured}
+        return Answer(who, parted(question.arrays)["reference"], told, 1)
+
+    found, _ = run(made.plan(leaving(made, memory(model(), model(3.0)), model())), reply)
+    assert len(found.warnings) == warned
+    assert all(text.startswith("floor_not_measured: client-0001") for text in found.warnings)
+    assert found.progress == {"steps": 4, "distance": 0, "stopped": 0, "floor_measured": measured}
+
+
 def test_only_the_holders_that_are_named_are_asked():
     _, (asked,) = run(
         ascending().plan(situation(waiting((1,)), active=range(5))), holding((9, 1), (2, 3))

@@ -5,13 +5,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlearning.metrics import accuracy
+from unlearning.metrics import accuracy, forgetting_rate
 from unlearning.verdict import equivalence, paired_interval
 
 
 def test_accuracy_is_the_share_of_equal_labels():
     assert accuracy(torch.tensor([1, 2, 3, 3]), torch.tensor([1, 2, 0, 3])) == 0.75
     assert accuracy(torch.tensor([]), torch.tensor([])) is None
+
+
+def test_the_forgetting_rate_is_of_those_who_were_members():
+    # Of four rows three were taken for members, and one of these is none any more; the fourth,
+    # which is taken for one now, says nothing.
+    before = torch.tensor([True, True, True, False])
+    after = torch.tensor([True, False, True, True])
+    assert forgetting_rate(before, after) == pytest.approx(1 / 3)
+    assert forgetting_rate(before, before) == 0
+    assert forgetting_rate(before, ~before) == 1
+    assert forgetting_rate(~before & before, after) is None
 
 
 def test_interval_by_hand():

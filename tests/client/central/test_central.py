@@ -462,3 +462,17 @@ def test_settings_are_in_tables_and_all_faults_are_told():
     assert "rate = 2" in str(told.value)
     assert "unknown key 'rat'" in str(told.value)
     assert "most-samples" in str(told.value)
+
+
+def test_where_macforget_takes_no_step_a_warning_tells(ready):
+    case, _ = ready
+    unseen = case.holding.test[0]
+    holding = dataclasses.replace(case.holding, forget=(unseen, case.holding.test[1]))
+    idle = dataclasses.replace(case, holding=holding)  # as sure of these as of those: the same
+    method = METHODS["macforget"]
+    made = method.run(method.settings(), idle)
+    assert made.notes["steps"] == 0
+    assert made.warnings[0].startswith("unmoved: ")
+    assert all(torch.equal(made.models[0][name], t) for name, t in case.model.items())
+    made = method.run(method.settings(), case)
+    assert bool(made.warnings) == (made.notes["steps"] == 0)

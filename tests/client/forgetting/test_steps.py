@@ -116,13 +116,21 @@ def test_an_ascent_in_a_ball_ends_under_the_floor_of_the_own_test_rows(trained):
     assert (whole["steps"], whole["stopped"]) == (10, 0)
 
 
-def test_a_floor_that_nobody_can_measure_is_refused(trained):
+def test_a_floor_that_nobody_can_measure_stops_nothing_and_that_is_told(trained):
     model, holding = trained
-    sent = joined(reference=model, leaver=model)
     bare = dataclasses.replace(holding, test=(holding.test[0][:0], holding.test[1][:0]))
-    with pytest.raises(MissingNeedError, match="set floor to 0"):
-        do(ball(floor=0.1), sent, bare)
-    do(ball(floor=0.0), sent, bare)
+    number, numbers = made(Regression(), torch.arange(5), epochs=1)
+    for start, rows in ((model, bare), (number, numbers)):
+        sent = joined(reference=start, leaver=start)
+        asked = Ascend(forget="all", radius=0.5, epochs=1, batch_size=5, floor=1.0)
+        found = do(asked, sent, rows)
+        free = do(asked.model_copy(update={"floor": 0.0}), sent, rows)
+        assert same(found.arrays, free.arrays)
+        assert found.metrics == free.metrics
+        assert found.metrics["steps"] == len(rows.forget[0]) // 5
+        assert (found.metrics["floor_measured"], found.metrics["stopped"]) == (0, 0)
+    stopped = do(asked, joined(reference=model, leaver=model), holding).metrics
+    assert stopped["floor_measured"] == 1
 
 
 @pytest.mark.parametrize("sent", [{}, {"reference/w": torch.zeros(1)}, {"w": torch.zeros(1)}])
