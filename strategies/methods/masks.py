@@ -81,7 +81,7 @@ def checked(
 
 def together(parts: Sequence[Statistics]) -> Statistics:
     """Return what the clients' rows add up to, nobody far above the median."""
-    return added(clipped_to_median(parts))
+    return added(clipped_to_median(parts).parts)
 
 
 @dataclass(frozen=True, kw_only=True)
