@@ -183,7 +183,7 @@ def clipped_to_median(parts: Sequence[Statistics], factor: float = CLIP) -> Clip
         middle = torch.cat(
             [
                 weighted_median(torch.stack(columns), weights)
-                for columns in zip(*(a.split(STRETCH) for a in averages), strict=True)
+                for columns in zip(*(torch.split(a, STRETCH) for a in averages), strict=True)
             ]
         )
         usual = _usual(averages, weights)
