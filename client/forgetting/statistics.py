@@ -186,4 +186,8 @@ class _Channels:
 
 
 def _cpu(found: Statistics) -> Statistics:
-    return Statistics({name: tensor.cpu() for name, tensor in found.sums.items()}, found.count)
+    sums = {
+        name: tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32))
+        for name, tensor in found.sums.items()
+    }
+    return Statistics(sums, found.count)

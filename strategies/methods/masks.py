@@ -86,6 +86,7 @@ class Mask:
             situation.model,
             self.network.convolutions,
             masking.top_share(scores, self.rate),
+            bias=self.name != "grad-mask",  # 5.3: filters only
         )
         return self._masked(situation, masks, scores, found)
 
@@ -214,14 +215,15 @@ def _question(
 
 
 def channels_of(network: Network, model: Parameters) -> dict[str, Tensor]:
-    """Return one number per channel of every convolution, all 0."""
+    """Return one number per channel of every convolution, all 0, in the type of its sums."""
     if not network.convolutions:
         raise MissingNeedError(
             "a channel method needs a network with convolutions, and none is known"
         )
+    weights = {found.layer: model[f"{found.layer}.weight"] for found in network.convolutions}
     return {
-        found.layer: torch.zeros(len(model[f"{found.layer}.weight"]))
-        for found in network.convolutions
+        layer: torch.zeros(len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
+        for layer, weight in weights.items()
     }
 
 
