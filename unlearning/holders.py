@@ -46,7 +46,7 @@ HOLDERS: dict[str, Entry] = {
     ),
     "random-mask": Entry(
         "Zero as many weights as FisherMask does, chosen at random, then recover",
-        frozenset({Need.DROP, Need.RETAINED}),
+        frozenset({Need.RETAINED}),
         _ANY,
         "none",
         False,
@@ -159,7 +159,7 @@ HOLDERS: dict[str, Entry] = {
     ),
     "noisy-gd": Entry(
         "Holders and the others take noisy full-batch steps without it",
-        frozenset({Need.DROP, Need.RETAINED}),
+        frozenset({Need.RETAINED}),
         _ANY,
         "none",
         True,
@@ -171,7 +171,7 @@ HOLDERS: dict[str, Entry] = {
     ),
     "rcad": Entry(
         "Go on without it, with uncertainty on perturbed data as a regulariser",
-        frozenset({Need.DROP, Need.RETAINED}),
+        frozenset({Need.RETAINED}),
         _ANY,
         "none",
         True,
