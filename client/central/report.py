@@ -13,9 +13,10 @@ import torch
 
 from client.central.case import Case
 from client.central.run import Outcome
-from client.central.settings import Keys, Tuning
+from client.central.settings import Tuning
 from client.task.protocol import TaskOptions
 from strategies.archive import save_model
+from strategies.methods.settings import Keys
 from unlearning.errors import SecateurError
 
 SCHEMA_VERSION = 1

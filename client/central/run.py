@@ -14,13 +14,14 @@ from torch import Tensor
 from client.central.case import Case, Graded, Made, Models, graded, rows_named
 from client.central.log import Log
 from client.central.methods import Method
-from client.central.settings import Keys, Training, Tuning
+from client.central.settings import Training, Tuning
 from client.central.training import Watch, fit, training_rate, tuning_rate
 from client.forgetting.holding import classes_of, holding_of, rows_of_class
 from client.task.device import choose_device
 from client.task.evaluation import gather, state_of
 from client.task.protocol import Task, TaskOptions, load_task
 from strategies.archive import SavedModel, save_model
+from strategies.methods.settings import Keys
 from unlearning.errors import ParametersError
 from unlearning.parameters import Parameters, check_alike, check_finite
 from unlearning.randomness import derive_seed

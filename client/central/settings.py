@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from strategies.messages import LocalTraining
+from strategies.methods.settings import Keys, kebab
 from unlearning.errors import SecateurError
 
 
@@ -14,19 +15,6 @@ class SettingsError(SecateurError):
     """Settings that cannot be used; the message lists every fault."""
 
     exit_code = 2
-
-
-def kebab(name: str) -> str:
-    """Return the key of a field."""
-    return name.replace("_", "-")
-
-
-class Keys(BaseModel):
-    """Settings of a method; a key that it does not know is a fault."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, alias_generator=kebab
-    )
 
 
 class Training(LocalTraining):

@@ -7,6 +7,7 @@ set would give; ``strategies.methods.survey`` says whose count, and how much.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -42,12 +43,19 @@ class Mask:
         Share of the weights, or of all channels, that is zeroed.
     most_samples
         Rows of either set, of each client, that are enough.
+    form, scope
+        Of ``fisher-mask``: how the two sets are compared, and among what the share is chosen.
+    remain
+        Of ``fisher-mask``: whether what remains counts; otherwise nobody is asked for it.
     """
 
     name: str = "fisher-mask"
     network: Network = UNKNOWN
     rate: float = masking.USUAL
     most_samples: int = fisher.MOST_SAMPLES
+    form: fisher.Form = "mean"
+    scope: masking.Scope = "model"
+    remain: Literal["all", "none"] = "all"
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
@@ -67,10 +75,13 @@ class Mask:
 
     def _by_weights(self, situation: Situation) -> Plan[Unlearned]:
         like = squares_of(situation.model)
-        found = yield from self._found(situation, "fisher", {"forget": like, "remain": like})
-        rest = _rest(found.totals["remain"])
-        scores = fisher.fisher_scores(found.totals["forget"], rest)
-        return self._masked(situation, masking.top_share(scores, self.rate), scores, found)
+        wanted = ("forget", "remain") if self.remain == "all" else ("forget",)
+        found = yield from self._found(situation, "fisher", dict.fromkeys(wanted, like))
+        rest = _rest(found.totals["remain"]) if self.remain == "all" else None
+        scores = fisher.fisher_scores(found.totals["forget"], rest, self.form)
+        masks = masking.top_share(scores, self.rate, self.scope)
+        told = {"form": self.form, "scope": self.scope, "remain": self.remain}
+        return self._masked(situation, masks, scores, found, told)
 
     def _by_channels(self, situation: Situation) -> Plan[Unlearned]:
         layers = channels_of(self.network, situation.model)
@@ -95,7 +106,9 @@ class Mask:
     ) -> Plan[Findings]:
         survey = Survey(
             method=self.name,
-            ask=partial(_question, kind, "both", self.most_samples),
+            ask=partial(
+                _question, kind, "both" if len(groups) > 1 else "forget", self.most_samples
+            ),
             groups=groups,
             others="remain" in groups,
             most=self.most_samples,
@@ -109,9 +122,10 @@ class Mask:
         masks: Mapping[str, Tensor],
         scores: Parameters,
         found: Findings,
+        more: Mapping[str, str] = MappingProxyType({}),
     ) -> Unlearned:
         chance = (_SAME,) if masking.says_nothing(scores) else ()
-        told = {"rate": self.rate, "most_samples": self.most_samples, **found.settings}
+        told = {"rate": self.rate, "most_samples": self.most_samples, **more, **found.settings}
         return Unlearned(
             prune(situation.model, masks), masks, told, warnings=(*chance, *found.warnings)
         )
@@ -166,11 +180,21 @@ class ClassDiscriminative:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Blur weights that the remaining data leave undetermined (FisherNoise, ``methods`` 5.6)."""
+    """Blur weights that the remaining data leave undetermined (FisherNoise, ``methods`` 5.6).
+
+    Attributes
+    ----------
+    recipe
+        The authors' public code, or paper 001's eq. 2.
+    alpha, relative
+        Size of the noise, of the one and of the other.
+    """
 
     name: str = "fisher-noise"
     network: Network = UNKNOWN
     recipe: Literal["golatkar", "eq2"] = "golatkar"
+    alpha: float = fisher.ALPHA
+    relative: float = fisher.RELATIVE
     most_samples: int = fisher.MOST_SAMPLES
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
@@ -193,7 +217,7 @@ class Noise:
         information = means(rest)
         draw = generator(situation.seed, "fisher noise", situation.number)
         if self.recipe == "eq2":
-            scale = fisher.noise_scale(model, information)
+            scale = fisher.noise_scale(model, information, self.relative)
             blurred = fisher.fisher_noise(model, information, scale, draw)
         else:
             chosen = situation.selection.forget_class
@@ -203,13 +227,14 @@ class Noise:
                 draw,
                 head=self.network.head,
                 forgotten_class=chosen if chosen >= 0 else None,
+                alpha=self.alpha,
             )
         told = {"recipe": self.recipe, **found.settings}
         return Unlearned(blurred, settings=told, warnings=found.warnings)
 
 
 def _question(
-    kind: Kind, sets: Literal["both", "remain"], most_samples: int, selection: Selection
+    kind: Kind, sets: Literal["both", "forget", "remain"], most_samples: int, selection: Selection
 ) -> Question:
     return Question(**selection.rows(), kind=kind, sets=sets, most_samples=most_samples)
 

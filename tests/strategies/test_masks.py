@@ -312,6 +312,50 @@ def test_of_clients_that_are_to_forget_nothing_all_rows_remain():
     same(found.masks, highest({name: ours[name] - theirs[name] for name in like}, RATE))
 
 
+def test_without_what_remains_holders_alone_are_asked_and_decide():
+    like = trained(model())
+    held = [{"forget": rows(like, 2, n)} for n in range(3)]
+    made = Mask(rate=RATE, remain="none")
+    found, (asked,) = run(made.plan(situation(waiting((0, 2)))), answering(held, like))
+    assert asked.to == (client(0), client(2))
+    assert asked.config["sets"] == "forget"
+    assert asked.expects.keys() == joined(forget=like).keys()
+    averages = means([row for n in (0, 2) for row in held[n]["forget"]], like)
+    same(found.masks, highest(averages, RATE))
+
+
+@pytest.mark.parametrize("form", ["mean", "sum", "ratio"])
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_forms_and_scopes_are_those_of_one_data_set(form, scope):
+    like = trained(model())
+    held = [{"forget": rows(like, 2, n), "remain": rows(like, 3, 9 + n)} for n in range(3)]
+    made = Mask(rate=RATE, form=form, scope=scope)
+    found, _ = run(made.plan(situation(waiting((0, 1, 2)))), answering(held, like))
+    ours, theirs = (
+        total([row for part in held for row in part[group]], like) for group in ("forget", "remain")
+    )
+    scores = {
+        "mean": {n: ours[n] / 6 - theirs[n] / 9 for n in like},
+        "sum": {n: ours[n] - theirs[n] for n in like},
+        "ratio": {n: (ours[n] / 6) / (ours[n] / 6 + theirs[n] / 9) for n in like},
+    }[form]
+    if scope == "model":
+        expected = highest(scores, RATE)
+    else:
+        expected = {n: highest({n: tensor}, RATE)[n] for n, tensor in scores.items()}
+    same(found.masks, expected)
+    assert (found.settings["form"], found.settings["scope"]) == (form, scope)
+
+
+@pytest.mark.parametrize(("recipe", "size"), [("golatkar", "alpha"), ("eq2", "relative")])
+def test_without_size_noise_leaves_a_model_as_it_is(recipe, size):
+    selection = Selection(forget="samples", forget_tokens="0" * 32)
+    waits = situation(waiting((0, 1, 2), selection), start=model())
+    made = Noise(network=NOISE.network, recipe=recipe, **{size: 0.0})
+    found, _ = run(made.plan(waits), three(made, trained(model())))
+    same(found.model, model())
+
+
 def test_noise_asks_for_no_sums_that_it_does_not_use():
     like = trained(model())
     held = [{"remain": rows(like, 2, n)} for n in range(3)]
