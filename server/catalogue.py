@@ -16,7 +16,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 @commands.command()
 def methods(as_json: Json = False) -> None:
     """List the unlearning methods."""
-    from unlearning.catalogue import METHODS  # noqa: PLC0415  with torch, slow to import
+    from strategies.methods.settings import defaults_of  # noqa: PLC0415  with torch, slow to import
+    from unlearning.catalogue import METHODS  # noqa: PLC0415
 
     rows = [
         {
@@ -31,6 +32,7 @@ def methods(as_json: Json = False) -> None:
             "chosen_automatically": entry.routed,
             "source": entry.source,
             "section": f"methods {entry.section}",
+            "settings": defaults_of(name),
         }
         for name, entry in METHODS.items()
     ]
@@ -45,6 +47,8 @@ def methods(as_json: Json = False) -> None:
         facts.add_row("  targets", ", ".join(sorted(entry.targets)))
         facts.add_row("  guarantee", entry.guarantee)
         facts.add_row("  safe if the target lies", "yes" if entry.safe else "no")
+        if own := ", ".join(f"{key}={value}" for key, value in defaults_of(name).items()):
+            facts.add_row("  method-settings", own)
         facts.add_row("  cost", f"rounds: {entry.rounds}; models stored: {entry.stored}")
         facts.add_row("  source", entry.source)
         console.print(facts, "")

@@ -27,9 +27,9 @@ from strategies.methods.catalogue import MAKE
 from strategies.methods.drift import Drift
 from strategies.methods.fedup import FedUP
 from strategies.methods.interface import UNKNOWN, Method, Network, ServerLab
-from strategies.methods.masks import MASKS, ClassDiscriminative, Mask, Noise
 from strategies.methods.negation import Negation
 from strategies.methods.replay import FedEraser
+from strategies.methods.settings import configured
 from strategies.methods.subtraction import FAST
 from strategies.rate_limit import RateLimit
 from strategies.recovery import VALIDATION, Recovery
@@ -163,9 +163,7 @@ def build_methods(
             epochs=REPAIR_EPOCHS,
             batch_size=settings.batch_size,
         ),
-        **{name: Mask(name=name, network=network) for name in MASKS},
-        "tfidf": ClassDiscriminative(network=network),
-        "fisher-noise": Noise(network=network),
+        **configured(network, settings.method_settings),
     }
     return {name: own.get(name) or make() for name, make in MAKE.items()}
 

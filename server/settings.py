@@ -90,6 +90,8 @@ class Settings(TaskOptions, LocalTraining):
     """Share of each prunable tensor that FedUP zeroes, in [0, 1]."""
     pruning_score: Literal["abs", "signed", "diff", "malmag"] = "abs"
     """What FedUP ranks weights by."""
+    method_settings: str = ""
+    """Of other methods: ``METHOD.KEY=VALUE`` pairs with commas; see ``strategies.methods``."""
     drift_strength: float = Field(0.4, ge=0)
     """Share of their pull that drift subtraction takes back; 0.3 where clients differ much."""
     ledger_memory: float = Field(1.0, gt=0, le=1)
@@ -137,6 +139,13 @@ class Settings(TaskOptions, LocalTraining):
             raise ValueError(
                 f'pruning-rate = {self.pruning_rate} is outside [0, 1]; give a share, or "adaptive"'
             )
+        if self.method_settings:
+            from strategies.methods.settings import read_method_settings  # noqa: PLC0415  slow
+
+            try:
+                read_method_settings(self.method_settings)
+            except SecateurError as error:
+                raise ValueError(str(error)) from error
         return self
 
 

@@ -211,18 +211,25 @@ class Statistics(Selection):
     kind: Literal["fisher", "activations", "gradients", "classes"]
     """Squared gradients of every trained tensor; channel activations; integrated gradients of
     channels, of the selected rows only; channel activations class by class."""
+    sets: Literal["both", "forget", "remain"] = "both"
+    """Of ``fisher`` and ``activations``: the sets that are wanted; of the other one nothing is
+    computed or sent."""
     most_samples: int = Field(2000, ge=1)
     """Rows of either set that are enough, of every class the same number."""
 
 
 class Curvature(Selection):
-    """The last layer's Hessian and gradient for the infinitesimal jackknife (``methods`` 2.14).
+    """Hessian and gradient for the infinitesimal jackknife (``methods`` 2.14).
 
-    The answer carries ``joined(hessian={layer: ...}, gradient={layer: ...})``, sums over all rows
-    and over the selected ones, and the metrics ``hessian-count`` and ``gradient-count``.
+    The answer carries ``joined(hessian={layer: ...}, gradient={layer: ...})`` of the last layer,
+    sums over all rows and over the selected ones, and the metrics ``hessian-count`` and
+    ``gradient-count``; by the diagonal, squared gradients and gradients of every trained tensor.
     """
 
     action = "query.curvature"
+
+    scope: Literal["last", "diag"] = "last"
+    """The last layer, exactly; or all layers, by the diagonal of the Fisher information."""
 
 
 class Rapid(Action):

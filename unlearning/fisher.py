@@ -35,6 +35,8 @@ as ``F_f / (F_f + F_r)``, which ranks alike and is defined where F_r is 0."""
 
 MOST_SAMPLES = 2000
 """Samples of a set that are enough (``methods`` 5.1)."""
+ALPHA, RELATIVE = 3e-6, 0.05
+"""Sizes of noise: of the authors' public code, and of eq. 2 in units of rms(w) (5.6)."""
 
 
 # ---------------------------------------------------------------- information
@@ -162,7 +164,7 @@ def _checked(model: Parameters, fisher: Parameters) -> dict[str, Tensor]:
 
 
 def noise_scale(
-    model: Parameters, fisher: Parameters, relative: float = 0.05, epsilon: float = 1e-8
+    model: Parameters, fisher: Parameters, relative: float = RELATIVE, epsilon: float = 1e-8
 ) -> float:
     """Return c such that FisherNoise has a mean standard deviation of ``relative`` rms(w).
 
@@ -228,7 +230,7 @@ def golatkar_noise(
     *,
     head: Collection[str] = (),
     forgotten_class: int | None = None,
-    alpha: float = 3e-6,
+    alpha: float = ALPHA,
 ) -> dict[str, Tensor]:
     """Return the model with noise by the recipe of the authors' public code (``methods`` 5.6).
 

@@ -46,7 +46,7 @@ HOLDERS: dict[str, Entry] = {
     ),
     "random-mask": Entry(
         "Zero as many weights as FisherMask does, chosen at random, then recover",
-        frozenset({Need.DROP, Need.RETAINED}),
+        frozenset({Need.RETAINED}),
         _ANY,
         "none",
         False,

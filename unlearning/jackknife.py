@@ -18,6 +18,8 @@ Hessian and gradient are sums over samples, which clients send and the server ad
 and w is the minimum of ``1/n sum l_i + ridge/2 ||w||^2``; otherwise the correction is a heuristic.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,13 +29,16 @@ from unlearning.errors import MissingNeedError, ParametersError
 from unlearning.fisher import influence_step
 from unlearning.gradients import check_rows, chunked_gradient
 from unlearning.label_flip import check_classes
-from unlearning.parameters import Parameters, check_finite, copied, prunable_names
+from unlearning.parameters import Parameters, check_finite, copied, norm, prunable_names
 from unlearning.sums import Statistics, check_statistics, means
 
 RIDGE, DAMPING = 1e-3, 1e-2
 """What is added to H's diagonal: of the last layer, and of the Fisher information (2.14)."""
 MOST_UNKNOWNS = 4000
 """A Hessian of as many unknowns takes 128 MB: float64, since it is inverted."""
+LONGEST = 1.0
+"""Longest correction that a server believes, in units of what is corrected: of as much, the weights
+are the clients' word and no longer the training's."""
 MOST_FORGOTTEN = 0.05
 """Share of the samples past which a linear correction is not to be trusted."""
 
@@ -67,7 +72,8 @@ def last_layer(model: Parameters) -> str:
     return names[-1].rpartition(".")[0]
 
 
-def _names(layer: str) -> tuple[str, str]:
+def names_of(layer: str) -> tuple[str, str]:
+    """Return the names of a layer's weight and bias; there need be no bias."""
     prefix = f"{layer}." if layer else ""
     return f"{prefix}weight", f"{prefix}bias"
 
@@ -86,14 +92,14 @@ def expected(model: Parameters, layer: str) -> tuple[dict[str, Tensor], dict[str
     MissingNeedError
         If there is no such layer, or q is over 4,000.
     """
-    weight, bias = _names(layer)
+    weight, bias = names_of(layer)
     if weight not in model or model[weight].dim() != 2:
         raise MissingNeedError(f"the model has no linear layer called {layer!r}")
     size = model[weight].numel() + (len(model[weight]) if bias in model else 0)
     if size > MOST_UNKNOWNS:
         raise MissingNeedError(
             f"layer {layer!r} has {size:,} unknowns, and a Hessian is inverted up to "
-            f"{MOST_UNKNOWNS:,}; use the diagonal"
+            f"{MOST_UNKNOWNS:,}; set the scope to diag (ij.scope=diag in a federation)"
         )
     return (
         {layer: torch.empty(size, size, dtype=torch.float64, device="meta")},
@@ -130,7 +136,7 @@ def features(
         If the logits are not linear in the features, that is the layer is not the last.
     """
     expected(model, layer)
-    weight, bias = _names(layer)
+    weight, bias = names_of(layer)
     matrix = model[weight].detach()
 
     def first_logit(leading: Tensor, row: Tensor) -> Tensor:
@@ -231,6 +237,15 @@ def correction(hessian: Tensor, gradient: Tensor, samples: int, ridge: float = R
     ParametersError
         If H is not symmetric, or H with ridge is not positive definite, as no data make it.
     """
+    factor = factorised(hessian, samples, ridge)
+    return torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1) / samples
+
+
+def factorised(hessian: Tensor, samples: int, ridge: float = RIDGE) -> Tensor:
+    """Return the Cholesky factor of ``H/n + ridge``; arguments and errors as of ``correction``.
+
+    What passes for each client passes for their sum.
+    """
     if samples < 1 or not ridge > 0:
         raise ParametersError(
             f"a Hessian is of at least 1 sample and its ridge over 0, got {samples}, {ridge}"
@@ -239,13 +254,14 @@ def correction(hessian: Tensor, gradient: Tensor, samples: int, ridge: float = R
     if not torch.allclose(average, average.T, rtol=1e-6, atol=1e-9):
         raise ParametersError("a Hessian is symmetric, and these sums are not")
     damped = average + ridge * torch.eye(len(average), dtype=torch.float64, device=average.device)
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise ParametersError(
             f"a Hessian has no negative eigenvalues, and these sums have, with a ridge of {ridge}; "
             "raise the ridge"
         )
-    return torch.cholesky_solve(gradient.double().unsqueeze(1), factor).squeeze(1) / samples
+    return factor
 
 
 def corrected(
@@ -276,7 +292,7 @@ def corrected(
     check_statistics(gradient, vector, most=hessian.count, signed=True)
     if not hessian.count:
         raise MissingNeedError("a Hessian needs at least one sample, and no client has any")
-    weight, bias = _names(layer)
+    weight, bias = names_of(layer)
     moved = correction(hessian.sums[layer], gradient.sums[layer], hessian.count, ridge)
     rows = moved.reshape(len(model[weight]), -1)
     result, width = copied(model), model[weight].shape[1]
@@ -285,6 +301,27 @@ def corrected(
         result[bias] = (model[bias].double() + rows[:, width]).to(model[bias].dtype)
     check_finite(result)
     return result
+
+
+def check_length(
+    model: Parameters, after: Parameters, names: Collection[str], longest: float = LONGEST
+) -> float:
+    """Return how long a correction is, in units of the norm of the tensors corrected.
+
+    Raises
+    ------
+    ParametersError
+        If that is more than ``longest``.
+    """
+    before = {name: model[name].double() for name in names}
+    size = norm(before)
+    moved = norm({name: after[name].double() - tensor for name, tensor in before.items()})
+    if moved > longest * size:
+        raise ParametersError(
+            f"a correction of length {moved:.3g} is more than {longest:g} times what it corrects, "
+            f"{size:.3g}: the sums are false or a linear correction does not fit; retrain"
+        )
+    return moved / size if size else 0.0
 
 
 # ---------------------------------------------------------------- all layers, by the diagonal

@@ -7,21 +7,25 @@ as one data set:
     mean = sum_k U_k / sum_k a_k
 
 Nothing proves that a client's sums are true. ``check_statistics`` refuses what no data could give,
-and ``clipped_to_median`` bounds how far one liar can pull.
+``limited`` bounds what a claimed number of samples weighs, and ``clipped_to_median`` and
+``clipped_by_norm`` how far one liar can pull.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 import torch
 from torch import Tensor
 
 from unlearning.errors import MissingNeedError, ParametersError
-from unlearning.parameters import Parameters, check_finite
+from unlearning.parameters import STRETCH, Parameters, check_finite
 
 CLIP = 10.0
 """How many times the median over clients an average may be (``methods`` 5.7)."""
+COMPARABLE = 3
+"""Clients with samples from which on one can stand out from the others."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +117,53 @@ def means(total: Statistics) -> dict[str, Tensor]:
     return {name: tensor / total.count for name, tensor in total.sums.items()}
 
 
-def clipped_to_median(parts: Sequence[Statistics], factor: float = CLIP) -> list[Statistics]:
+def limited(part: Statistics, most: float) -> Statistics:
+    """Return statistics of the same averages that weigh no more than ``most`` samples.
+
+    Parameters
+    ----------
+    most
+        At least 1; rounded down.
+    """
+    if part.count <= most:
+        return part
+    count = math.floor(most)
+    share = count / part.count
+    return Statistics({name: tensor * share for name, tensor in part.sums.items()}, count)
+
+
+# ---------------------------------------------------------------- liars
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """Clients' statistics after clipping."""
+
+    parts: list[Statistics]
+    """In the order given."""
+    share: float
+    """Of the mass ``sum |U|`` over clients and entries, what was clipped; in [0, 1]."""
+    compared: int
+    """Clients that have samples; with fewer than ``COMPARABLE`` nothing is clipped."""
+
+
+def clipped_to_median(parts: Sequence[Statistics], factor: float = CLIP) -> Clipped:
     """Return every client's statistics with its averages clipped (``methods`` 5.7).
 
-    No coordinate of ``|U_k / a_k|`` may exceed ``factor`` times its median over the clients that
-    have samples; of two medians the lower. A liar among more than two then weighs as much as an
-    extreme honest client with its number of samples. Where most clients' averages are 0 all are
-    clipped to it, and a client that is the only one with samples is believed.
+    No entry of ``|U_k / a_k|`` may exceed ``factor`` times its median over the clients that have
+    samples. In that median a client weighs as many samples as it has, but no more than the median
+    client; of two medians the lower counts. Where more than half of that weight is at 0, which is
+    usual where many have few samples, the bound is ``factor`` times what a positive average of the
+    tensor usually is: the median over clients of the median over their positive entries.
+
+    A liar among three or more then adds as much as an extreme honest client with its number of
+    samples, and cannot take anything away from the others' sums. One or two clients cannot be
+    held against one another: they are believed.
 
     Parameters
     ----------
     parts
-        Checked before.
+        Checked before; their order does not matter.
     factor
         At least 1.
 
@@ -133,17 +172,24 @@ def clipped_to_median(parts: Sequence[Statistics], factor: float = CLIP) -> list
     ParametersError
         If the factor is out of range.
     """
-    if not (math.isfinite(factor) and factor >= 1):
-        raise ParametersError(f"averages are clipped at 1 or more medians, got {factor}")
+    _check_factor(factor)
     telling = [part for part in parts if part.count]
-    if not telling:
-        return list(parts)
-    limits = {
-        name: factor
-        * torch.stack([part.sums[name].abs() / part.count for part in telling]).median(0)[0]
-        for name in telling[0].sums
-    }
-    return [
+    if len(telling) < COMPARABLE:
+        return Clipped(list(parts), 0.0, len(telling))
+    weights = _weights(telling)
+    limits = {}
+    for name in telling[0].sums:
+        averages = [part.sums[name].abs().reshape(-1) / part.count for part in telling]
+        middle = torch.cat(
+            [
+                weighted_median(torch.stack(columns), weights)
+                for columns in zip(*(torch.split(a, STRETCH) for a in averages), strict=True)
+            ]
+        )
+        usual = _usual(averages, weights)
+        limit = factor * torch.where(middle > 0, middle, usual)
+        limits[name] = limit.reshape(telling[0].sums[name].shape)
+    found = [
         Statistics(
             {
                 name: tensor.clamp(-limits[name] * part.count, limits[name] * part.count)
@@ -153,3 +199,90 @@ def clipped_to_median(parts: Sequence[Statistics], factor: float = CLIP) -> list
         )
         for part in parts
     ]
+    return Clipped(found, _lost(parts, found), len(telling))
+
+
+def clipped_by_norm(parts: Sequence[Statistics], factor: float = CLIP) -> Clipped:
+    """Return every client's statistics shortened, so that no average is far longer than others.
+
+    The norm over all tensors of ``U_k / a_k`` may be ``factor`` times its median, weighted as in
+    ``clipped_to_median``. Directions stay, and so do eigenvalues' signs: for gradients and
+    Hessians, whose entries mean nothing one by one.
+
+    Raises
+    ------
+    ParametersError
+        If the factor is out of range.
+    """
+    _check_factor(factor)
+    telling = [part for part in parts if part.count]
+    if len(telling) < COMPARABLE:
+        return Clipped(list(parts), 0.0, len(telling))
+    norms = torch.tensor([_norm(part) / part.count for part in telling], dtype=torch.float64)
+    weights = _weights(telling)
+    middle = float(weighted_median(norms.unsqueeze(1), weights))
+    limit = factor * (middle or _usual([norm.reshape(1) for norm in norms], weights))
+    found = []
+    for part in parts:
+        norm = _norm(part)
+        share = min(1.0, limit * part.count / norm) if norm else 1.0
+        found.append(
+            Statistics({name: tensor * share for name, tensor in part.sums.items()}, part.count)
+        )
+    return Clipped(found, _lost(parts, found), len(telling))
+
+
+def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
+    """Return, column by column, the lowest value up to which half of the weight lies.
+
+    Parameters
+    ----------
+    values
+        Shape (k, n), k at least 1.
+    weights
+        Shape (k,), over 0.
+
+    Returns
+    -------
+    Tensor
+        Shape (n,).
+    """
+    ordered, places = values.sort(dim=0)
+    reached = weights[places].cumsum(dim=0)
+    first = (2 * reached >= weights.sum()).to(torch.uint8).argmax(dim=0)
+    return ordered.gather(0, first.unsqueeze(0)).squeeze(0)
+
+
+def _check_factor(factor: float) -> None:
+    if not (math.isfinite(factor) and factor >= 1):
+        raise ParametersError(f"averages are clipped at 1 or more medians, got {factor}")
+
+
+def _weights(telling: Sequence[Statistics]) -> Tensor:
+    """Return what clients weigh in a median: one among three never weighs half."""
+    most = median_low(part.count for part in telling)
+    return torch.tensor([min(part.count, most) for part in telling], dtype=torch.float64)
+
+
+def _usual(averages: Sequence[Tensor], weights: Tensor) -> float:
+    """Return what a positive average usually is; 0 where there is none."""
+    positive = [(average[average > 0], weight) for average, weight in
+                zip(averages, weights, strict=True)]  # fmt: skip
+    medians = [(found.median(), weight) for found, weight in positive if len(found)]
+    if not medians:
+        return 0.0
+    values, those = (torch.stack(column) for column in zip(*medians, strict=True))
+    return float(weighted_median(values.unsqueeze(1), those))
+
+
+def _norm(part: Statistics) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in part.sums.values()))
+
+
+def _mass(parts: Sequence[Statistics]) -> float:
+    return sum(float(t.double().abs().sum()) for part in parts for t in part.sums.values())
+
+
+def _lost(before: Sequence[Statistics], after: Sequence[Statistics]) -> float:
+    whole = _mass(before)
+    return max(0.0, 1 - _mass(after) / whole) if whole > 0 else 0.0

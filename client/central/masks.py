@@ -1,76 +1,26 @@
 """Masks and noise before fine-tuning (``methods`` 5), and pruning by class (2.11)."""
 
-from typing import Literal
-
-from pydantic import Field
-
 from client.central.case import Case, Made, selected
-from client.central.settings import Keys
 from client.forgetting.statistics import structure_for
 from client.forgetting.steps import do
 from strategies import actions
+from strategies.methods.settings import Blur, Channels, Fisher, Share, TfIdf
 from unlearning import tfidf
 from unlearning.channel_masks import activation_scores, parameter_masks
 from unlearning.errors import MissingNeedError
 from unlearning.fedup import prune
 from unlearning.fisher import (
-    Form,
     fisher_noise,
     fisher_scores,
     golatkar_noise,
     noise_scale,
 )
-from unlearning.masking import USUAL, Scope, random_mask, says_nothing, top_share
+from unlearning.masking import random_mask, says_nothing, top_share
 from unlearning.parameters import Parameters, trained_names
 from unlearning.randomness import generator
 from unlearning.sums import Statistics, means
 
 TIES = "ties_decide: all scores are equal, so that the order of entries decides what is masked"
-
-
-class Share(Keys):
-    """Of a mask."""
-
-    rate: float = Field(USUAL, ge=0, le=1)
-    """Share R to zero, of all that is scored."""
-
-
-class Sampled(Keys):
-    """Of what is computed from rows."""
-
-    most_samples: int = Field(2000, ge=1)
-    """Rows of either set that are enough."""
-
-
-class Fisher(Share, Sampled):
-    """FisherMask (5.1)."""
-
-    form: Form = "mean"
-    scope: Scope = "model"
-
-
-class Channels(Share, Sampled):
-    """ActivationMask and GradMask (5.2, 5.3)."""
-
-
-class Noise(Sampled):
-    """FisherNoise (5.6)."""
-
-    recipe: Literal["golatkar", "eq2"] = "golatkar"
-    """The authors' public code, or the formula of paper 001."""
-    alpha: float = Field(3e-6, ge=0)
-    """Of ``golatkar``."""
-    relative: float = Field(0.05, ge=0)
-    """Of ``eq2``: the mean deviation, in units of the weights' root mean square."""
-
-
-class TfIdf(Share, Sampled):
-    """Class-discriminative pruning (2.11)."""
-
-    rate: float = Field(tfidf.USUAL, ge=0, le=1)
-    """Share of every layer's channels to silence."""
-    bn: bool = True
-    """Whether a channel's normalisation is silenced too."""
 
 
 def statistics(kind: str, case: Case, most_samples: int) -> dict[str, Statistics]:
@@ -97,8 +47,8 @@ def _zeroed(model: Parameters, masks: Parameters, scores: Parameters | None = No
 
 def fisher_mask(settings: Fisher, case: Case) -> Made:
     """Zero what matters most for the rows to forget beyond what matters for the others (5.1)."""
-    found = statistics("fisher", case, settings.most_samples)
-    scores = fisher_scores(*_both(found), settings.form)
+    forget, remain = _both(statistics("fisher", case, settings.most_samples))
+    scores = fisher_scores(forget, remain if settings.remain == "all" else None, settings.form)
     return _zeroed(case.model, top_share(scores, settings.rate, settings.scope), scores)
 
 
@@ -127,7 +77,7 @@ def random_masking(settings: Share, case: Case) -> Made:
     return _zeroed(case.model, random_mask(trained, settings.rate, draw))
 
 
-def noise(settings: Noise, case: Case) -> Made:
+def noise(settings: Blur, case: Case) -> Made:
     """Blur every weight by how little it matters for the rows that remain (5.6)."""
     fisher = means(statistics("fisher", case, settings.most_samples)["remain"])
     draw = generator(case.training.seed, "fisher noise")

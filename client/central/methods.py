@@ -6,7 +6,8 @@ from typing import Any
 
 from client.central import masks, others, partial, quantised
 from client.central.case import Case, Made
-from client.central.settings import Keys
+from strategies.methods import settings
+from strategies.methods.settings import Keys
 
 TUNED = 5
 """Epochs S of fine-tuning after a mask (``methods`` 5)."""
@@ -51,12 +52,12 @@ def retrained(settings: Nothing, case: Case) -> Made:
 
 
 METHODS: dict[str, Method] = {
-    "fisher-mask": Method(masks.Fisher, masks.fisher_mask, TUNED),
-    "activation-mask": Method(masks.Channels, masks.activation_mask, TUNED),
-    "grad-mask": Method(masks.Channels, masks.grad_mask, TUNED),
-    "random-mask": Method(masks.Share, masks.random_masking, TUNED),
-    "fisher-noise": Method(masks.Noise, masks.noise, TUNED),
-    "tfidf": Method(masks.TfIdf, masks.pruning, TUNED),
+    "fisher-mask": Method(settings.Fisher, masks.fisher_mask, TUNED),
+    "activation-mask": Method(settings.Channels, masks.activation_mask, TUNED),
+    "grad-mask": Method(settings.Channels, masks.grad_mask, TUNED),
+    "random-mask": Method(settings.Share, masks.random_masking, TUNED),
+    "fisher-noise": Method(settings.Blur, masks.noise, TUNED),
+    "tfidf": Method(settings.TfIdf, masks.pruning, TUNED),
     "ascent": Method(partial.Ascent, partial.ascent),
     "label-flip": Method(partial.LabelFlip, partial.flip),
     "amnesiac": Method(partial.Whole, partial.taken_back, logs=True),

@@ -7,12 +7,12 @@ from typing import Literal
 from pydantic import Field
 
 from client.central.case import Case, Made, selected
-from client.central.settings import Keys
 from client.forgetting.interface import Holding
 from client.forgetting.rounds import noisy_settings
 from client.forgetting.statistics import fisher_of
 from client.forgetting.steps import do
 from strategies import actions
+from strategies.methods.settings import Keys
 from unlearning import jackknife, noisy_descent, sisa
 from unlearning.parameters import Parameters, byte_size
 from unlearning.randomness import generator

@@ -6,10 +6,10 @@ from pydantic import Field
 
 from client.central.case import Case, Made, selected
 from client.central.log import kept_bytes, pruned
-from client.central.settings import Keys
 from client.forgetting.holding import classes_of
 from client.forgetting.steps import do
 from strategies import actions
+from strategies.methods.settings import Keys
 from unlearning import ascent as rules
 from unlearning import label_flip
 from unlearning.amnesiac import amnesiac

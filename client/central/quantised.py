@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 
 from client.central.case import Case, Made
-from client.central.settings import Keys
 from client.forgetting.holding import classes_of
+from strategies.methods.settings import Keys
 from unlearning import certificates, ffmu, pcmu
 from unlearning.errors import NotCertifiedError
 from unlearning.gradients import chunked_gradient, gradient, per_sample_gradients

@@ -13,10 +13,11 @@ import torch
 from client.central.case import Case, Models
 from client.central.figures import figures
 from client.central.run import Outcome
-from client.central.settings import Keys, Tuning
+from client.central.settings import Tuning
 from client.files import write_files
 from client.task.protocol import TaskOptions
 from strategies.archive import save_model
+from strategies.methods.settings import Keys
 from unlearning.catalogue import titled
 
 SCHEMA_VERSION = 1

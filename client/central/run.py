@@ -15,7 +15,7 @@ from torch import Tensor
 from client.central.case import Case, Graded, Made, Models, Tell, graded, rows_named, untold
 from client.central.log import Log
 from client.central.methods import Method
-from client.central.settings import Keys, Training, Tuning
+from client.central.settings import Training, Tuning
 from client.central.training import Watch, fit, training_rate, tuning_rate
 from client.files import prepare_folder
 from client.forgetting.holding import classes_of, holding_of, rows_of_class
@@ -24,6 +24,7 @@ from client.task.device import choose_device
 from client.task.evaluation import gather, state_of
 from client.task.protocol import Task, TaskOptions, load_task
 from strategies.archive import save_model
+from strategies.methods.settings import Keys
 from unlearning.errors import MissingNeedError, NotFiniteError, ParametersError
 from unlearning.parameters import Parameters, check_finite
 from unlearning.randomness import derive_seed

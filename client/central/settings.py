@@ -4,9 +4,10 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from strategies.messages import LocalTraining
+from strategies.methods.settings import Keys
 from unlearning.errors import SecateurError
 
 
@@ -14,20 +15,6 @@ class SettingsError(SecateurError):
     """Settings that cannot be used; the message lists every fault."""
 
     exit_code = 2
-
-
-def kebab(name: str) -> str:
-    """Return the key of a field."""
-    return name.replace("_", "-")
-
-
-class Keys(BaseModel):
-    """Settings of a method; a key that it does not know is a fault."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, alias_generator=kebab,
-        allow_inf_nan=False,
-    )  # fmt: skip
 
 
 class Training(LocalTraining):

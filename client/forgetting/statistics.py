@@ -34,9 +34,9 @@ def statistics(settings: Settings, model: Parameters, holding: Holding) -> Outco
     Returns
     -------
     Outcome
-        ``joined(forget=..., remain=...)`` with metrics ``forget-count`` and ``remain-count``;
-        contributions by gradients of the rows to forget only; of ``classes``, a group and a count
-        per class.
+        ``joined(forget=..., remain=...)`` with metrics ``forget-count`` and ``remain-count``, or
+        the one of them that is wanted; contributions by gradients of the rows to forget only; of
+        ``classes``, a group and a count per class.
 
     Raises
     ------
@@ -47,15 +47,17 @@ def statistics(settings: Settings, model: Parameters, holding: Holding) -> Outco
     """
     forget = _chosen(holding.forget, "forget", settings, holding)
     remain = _chosen(holding.remain, "remain", settings, holding)
+    sets = {
+        name: rows
+        for name, rows in (("forget", forget), ("remain", remain))
+        if settings.sets in ("both", name)
+    }
     match settings.kind:
         case "fisher":
-            found = {
-                "forget": fisher_of(model, holding, forget),
-                "remain": fisher_of(model, holding, remain),
-            }
+            found = {name: fisher_of(model, holding, rows) for name, rows in sets.items()}
         case "activations":
             look = _Channels(model, holding)
-            found = {"forget": look.activations(forget), "remain": look.activations(remain)}
+            found = {name: look.activations(rows) for name, rows in sets.items()}
         case "gradients":
             found = {"forget": _Channels(model, holding).contributions(forget)}
         case "classes":
@@ -188,4 +190,8 @@ class _Channels:
 
 def _cpu(found: Statistics) -> Statistics:
     """Return sums where they can be added in float64, which not every device knows."""
-    return Statistics({name: tensor.cpu() for name, tensor in found.sums.items()}, found.count)
+    sums = {
+        name: tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32))
+        for name, tensor in found.sums.items()
+    }
+    return Statistics(sums, found.count)

@@ -1,87 +1,34 @@
 """Methods that cut or blur weights by statistics that clients send (``methods`` 2.11, 5).
 
 A client answers with sums over the rows to forget and over its others. They add up to what one data
-set would give, after whoever sends averages far above everybody's median is clipped.
+set would give; ``strategies.methods.survey`` says whose count, and how much.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from strategies.actions import Selection, joined, parted
+from strategies.actions import Selection
 from strategies.actions import Statistics as Question
 from strategies.memory import Memory
 from strategies.methods.interface import UNKNOWN, Network, Situation, Unlearned, done
+from strategies.methods.survey import Findings, Survey, conduct, squares_of
 from unlearning import channel_masks, fisher, masking, tfidf
-from unlearning.errors import MissingNeedError, ParametersError, RefusedRequestError
+from unlearning.errors import MissingNeedError
 from unlearning.fedup import prune
-from unlearning.parameters import Parameters, trained_names
-from unlearning.plan import Answer, Ask, Plan
+from unlearning.parameters import Parameters
+from unlearning.plan import Plan
 from unlearning.randomness import generator
-from unlearning.sums import (
-    Statistics,
-    added,
-    check_statistics,
-    clipped_to_median,
-)
+from unlearning.sums import Statistics, means
 
-Kind = Literal["fisher", "activations", "gradients"]
-NOTHING = Selection(forget="none")
+Kind = Literal["fisher", "activations", "gradients", "classes"]
 MASKS = ("fisher-mask", "activation-mask", "grad-mask", "random-mask")
 _SAME = "same_scores: what is forgotten and what remains look alike, so chance decides the mask"
-
-
-class StatisticsError(RefusedRequestError):
-    """Clients sent statistics that cannot be true."""
-
-
-def checked(
-    answers: Sequence[Answer],
-    groups: Sequence[str],
-    like: Mapping[str, Parameters],
-    signed: bool,
-    most: int | None = None,
-) -> dict[str, list[Statistics]]:
-    """Return every client's statistics, group by group, after checking them.
-
-    Parameters
-    ----------
-    groups
-        Names of the groups; the metric ``GROUP-count``, or ``count-GROUP``, says how many rows.
-    like
-        Group -> tensors of the names and shapes expected.
-    most
-        Rows that a group of one client can have; ``None`` where there is no bound.
-
-    Raises
-    ------
-    StatisticsError
-        If a client sent NaN, a negative sum, a count that cannot be, or what does not fit.
-    """
-    found: dict[str, list[Statistics]] = {group: [] for group in groups}
-    for answer in answers:
-        sent = parted(answer.arrays or {})
-        for group in groups:
-            count = answer.metrics.get(f"{group}-count", answer.metrics.get(f"count-{group}", 0))
-            try:
-                if not float(count).is_integer():
-                    raise ParametersError(f"a number of rows is whole, and {count} is not")
-                part = Statistics(sent.get(group, {}), int(count))
-                check_statistics(part, like[group], most=most, signed=signed)
-            except ParametersError as error:
-                raise StatisticsError(
-                    f"{answer.client} sent no usable statistics: {error}"
-                ) from error
-            found[group].append(part)
-    return found
-
-
-def together(parts: Sequence[Statistics]) -> Statistics:
-    """Return what the clients' rows add up to, nobody far above the median."""
-    return added(clipped_to_median(parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +43,19 @@ class Mask:
         Share of the weights, or of all channels, that is zeroed.
     most_samples
         Rows of either set, of each client, that are enough.
+    form, scope
+        Of ``fisher-mask``: how the two sets are compared, and among what the share is chosen.
+    remain
+        Of ``fisher-mask``: whether what remains counts; otherwise nobody is asked for it.
     """
 
     name: str = "fisher-mask"
     network: Network = UNKNOWN
     rate: float = masking.USUAL
     most_samples: int = fisher.MOST_SAMPLES
+    form: fisher.Form = "mean"
+    scope: masking.Scope = "model"
+    remain: Literal["all", "none"] = "all"
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
@@ -110,57 +64,70 @@ class Mask:
         """Ask all clients for their sums, and mask the model."""
         match self.name:
             case "random-mask":
-                trained = _trained(situation.model)
+                trained = squares_of(situation.model)
                 draw = generator(situation.seed, "random mask", situation.number)
                 masks = masking.random_mask(trained, self.rate, draw)
-                return done(self._masked(situation, masks, ()))
+                told = {"rate": self.rate}
+                return done(Unlearned(prune(situation.model, masks), masks, told))
             case "fisher-mask":
                 return self._by_weights(situation)
         return self._by_channels(situation)
 
     def _by_weights(self, situation: Situation) -> Plan[Unlearned]:
-        like = _trained(situation.model)
-        parts = yield from self._asked(situation, "fisher", {"forget": like, "remain": like})
-        scores = fisher.fisher_scores(together(parts["forget"]), _rest(parts["remain"]))
-        masks = masking.top_share(scores, self.rate)
-        return self._masked(situation, masks, (_SAME,) if masking.says_nothing(scores) else ())
+        like = squares_of(situation.model)
+        wanted = ("forget", "remain") if self.remain == "all" else ("forget",)
+        found = yield from self._found(situation, "fisher", dict.fromkeys(wanted, like))
+        rest = _rest(found.totals["remain"]) if self.remain == "all" else None
+        scores = fisher.fisher_scores(found.totals["forget"], rest, self.form)
+        masks = masking.top_share(scores, self.rate, self.scope)
+        told = {"form": self.form, "scope": self.scope, "remain": self.remain}
+        return self._masked(situation, masks, scores, found, told)
 
     def _by_channels(self, situation: Situation) -> Plan[Unlearned]:
         layers = channels_of(self.network, situation.model)
         if self.name == "activation-mask":
             both = {"forget": layers, "remain": layers}
-            parts = yield from self._asked(situation, "activations", both)
-            scores = channel_masks.activation_scores(
-                together(parts["forget"]), _rest(parts["remain"])
-            )
+            found = yield from self._found(situation, "activations", both)
+            rest = _rest(found.totals["remain"])
+            scores = channel_masks.activation_scores(found.totals["forget"], rest)
         else:
-            parts = yield from self._asked(situation, "gradients", {"forget": layers}, signed=True)
-            total = together(parts["forget"])
-            scores = {name: tensor / max(1, total.count) for name, tensor in total.sums.items()}
-        chosen = masking.top_share(scores, self.rate)
-        masks = channel_masks.parameter_masks(situation.model, self.network.convolutions, chosen)
-        return self._masked(situation, masks, (_SAME,) if masking.says_nothing(scores) else ())
+            found = yield from self._found(situation, "gradients", {"forget": layers})
+            scores = means(found.totals["forget"])
+        masks = channel_masks.parameter_masks(
+            situation.model,
+            self.network.convolutions,
+            masking.top_share(scores, self.rate),
+            bias=self.name != "grad-mask",  # 5.3: filters only
+        )
+        return self._masked(situation, masks, scores, found)
 
-    def _asked(
-        self,
-        situation: Situation,
-        kind: Kind,
-        like: Mapping[str, Parameters],
-        *,
-        signed: bool = False,
-    ) -> Plan[dict[str, list[Statistics]]]:
-        answers = yield from asking(situation, kind, like, self.most_samples)
-        return checked(answers, tuple(like), like, signed, self.most_samples)
+    def _found(
+        self, situation: Situation, kind: Kind, groups: Mapping[str, Parameters]
+    ) -> Plan[Findings]:
+        survey = Survey(
+            method=self.name,
+            ask=partial(
+                _question, kind, "both" if len(groups) > 1 else "forget", self.most_samples
+            ),
+            groups=groups,
+            others="remain" in groups,
+            most=self.most_samples,
+            signed=groups if kind == "gradients" else (),
+        )
+        return (yield from conduct(situation, survey))
 
     def _masked(
-        self, situation: Situation, masks: Mapping[str, Tensor], warnings: tuple[str, ...]
+        self,
+        situation: Situation,
+        masks: Mapping[str, Tensor],
+        scores: Parameters,
+        found: Findings,
+        more: Mapping[str, str] = MappingProxyType({}),
     ) -> Unlearned:
+        chance = (_SAME,) if masking.says_nothing(scores) else ()
+        told = {"rate": self.rate, "most_samples": self.most_samples, **more, **found.settings}
         return Unlearned(
-            prune(situation.model, masks),
-            masks,
-            {"rate": self.rate, "most_samples": self.most_samples},
-            rate=self.rate,
-            warnings=warnings,
+            prune(situation.model, masks), masks, told, warnings=(*chance, *found.warnings)
         )
 
 
@@ -188,14 +155,18 @@ class ClassDiscriminative:
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Ask all clients for their channels' activations, class by class."""
         layers = channels_of(self.network, situation.model)
+        chosen = situation.selection.forget_class
         groups = [str(place) for place in range(self.network.classes)]
-        like = dict.fromkeys(groups, layers)
-        answers = yield from asking(situation, "classes", like, self.most_samples)
-        most = 2 * self.most_samples  # of those to forget and of the others
-        parts = checked(answers, groups, like, signed=False, most=most)
-        scores = tfidf.tfidf_scores(
-            [together(parts[group]) for group in groups], situation.selection.forget_class
+        survey = Survey(
+            method=self.name,
+            ask=partial(_question, "classes", "both", self.most_samples),
+            groups=dict.fromkeys(groups, layers),
+            forgotten=str(chosen),
+            elsewhere=True,
+            most=self.most_samples,
         )
+        found = yield from conduct(situation, survey)
+        scores = tfidf.tfidf_scores([found.totals[group] for group in groups], chosen)
         masks = channel_masks.parameter_masks(
             situation.model,
             self.network.convolutions,
@@ -203,17 +174,27 @@ class ClassDiscriminative:
             norm=self.norm,
             following=True,
         )
-        settings = {"rate": self.rate, "norm": self.norm}
-        return Unlearned(prune(situation.model, masks), masks, settings, rate=self.rate)
+        told = {"rate": self.rate, "norm": self.norm, **found.settings}
+        return Unlearned(prune(situation.model, masks), masks, told, warnings=found.warnings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Blur weights that the remaining data leave undetermined (FisherNoise, ``methods`` 5.6)."""
+    """Blur weights that the remaining data leave undetermined (FisherNoise, ``methods`` 5.6).
+
+    Attributes
+    ----------
+    recipe
+        The authors' public code, or paper 001's eq. 2.
+    alpha, relative
+        Size of the noise, of the one and of the other.
+    """
 
     name: str = "fisher-noise"
     network: Network = UNKNOWN
     recipe: Literal["golatkar", "eq2"] = "golatkar"
+    alpha: float = fisher.ALPHA
+    relative: float = fisher.RELATIVE
     most_samples: int = fisher.MOST_SAMPLES
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
@@ -222,16 +203,21 @@ class Noise:
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Ask all clients for their sums, and add the noise."""
         model = situation.model
-        like = {"forget": _trained(model), "remain": _trained(model)}
-        answers = yield from asking(situation, "fisher", like, self.most_samples)
-        parts = checked(answers, tuple(like), like, signed=False, most=self.most_samples)
-        rest = together(parts["remain"])
+        survey = Survey(
+            method=self.name,
+            ask=partial(_question, "fisher", "remain", self.most_samples),
+            groups={"remain": squares_of(model)},
+            forgotten=None,
+            most=self.most_samples,
+        )
+        found = yield from conduct(situation, survey)
+        rest = found.totals["remain"]
         if not rest.count:
             raise MissingNeedError("noise is shaped by the remaining data, and no client has any")
-        information = {name: tensor / rest.count for name, tensor in rest.sums.items()}
+        information = means(rest)
         draw = generator(situation.seed, "fisher noise", situation.number)
         if self.recipe == "eq2":
-            scale = fisher.noise_scale(model, information)
+            scale = fisher.noise_scale(model, information, self.relative)
             blurred = fisher.fisher_noise(model, information, scale, draw)
         else:
             chosen = situation.selection.forget_class
@@ -241,56 +227,30 @@ class Noise:
                 draw,
                 head=self.network.head,
                 forgotten_class=chosen if chosen >= 0 else None,
+                alpha=self.alpha,
             )
-        return Unlearned(blurred, settings={"recipe": self.recipe})
+        told = {"recipe": self.recipe, **found.settings}
+        return Unlearned(blurred, settings=told, warnings=found.warnings)
 
 
-def asking(
-    situation: Situation,
-    kind: Literal["fisher", "activations", "gradients", "classes"],
-    like: Mapping[str, Parameters],
-    most_samples: int,
-) -> Plan[list[Answer]]:
-    """Ask all clients for statistics; of clients that leave, all rows are to be forgotten."""
-    parties: list[tuple[Collection[str], Selection]] = [
-        (situation.active, situation.selection if not situation.forgotten else NOTHING),
-        (situation.forgotten, situation.selection),
-    ]
-    found: list[Answer] = []
-    for to, selection in parties:
-        if to:
-            question = Question(**selection.rows(), kind=kind, most_samples=most_samples)
-            found += yield Ask(
-                Question.action,
-                to=tuple(to),
-                arrays=situation.model,
-                config=question.config(),
-                expects=joined(**like),
-            )
-    return found
+def _question(
+    kind: Kind, sets: Literal["both", "forget", "remain"], most_samples: int, selection: Selection
+) -> Question:
+    return Question(**selection.rows(), kind=kind, sets=sets, most_samples=most_samples)
 
 
 def channels_of(network: Network, model: Parameters) -> dict[str, Tensor]:
-    """Return one number per channel of every convolution, all 0."""
+    """Return one number per channel of every convolution, all 0, in the type of its sums."""
     if not network.convolutions:
         raise MissingNeedError(
             "a channel method needs a network with convolutions, and none is known"
         )
+    weights = {found.layer: model[f"{found.layer}.weight"] for found in network.convolutions}
     return {
-        found.layer: torch.zeros(len(model[f"{found.layer}.weight"]))
-        for found in network.convolutions
+        layer: torch.zeros(len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
+        for layer, weight in weights.items()
     }
 
 
-def _trained(model: Parameters) -> dict[str, Tensor]:
-    return {
-        name: torch.empty_like(
-            model[name], dtype=torch.promote_types(model[name].dtype, torch.float32)
-        )
-        for name in trained_names(model)
-    }
-
-
-def _rest(parts: Sequence[Statistics]) -> Statistics | None:
-    total = together(parts)
+def _rest(total: Statistics) -> Statistics | None:
     return total if total.count else None

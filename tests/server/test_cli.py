@@ -125,6 +125,7 @@ BAD = {
     "zero clients": (["run", "demo", "--set", "clients.total=0"], 2, "clients.total = 0"),
     "too many attackers": (["run", "demo", "--set", "clients.malicious=5"], 2, "strict minority: at most 4"),
     "rate": (["run", "demo", "--set", "pruning-rate=1.5"], 2, "pruning-rate = 1.5 is outside [0, 1]"),
+    "method setting": (["run", "demo", "--set", "method-settings=ascent.epochs=0"], 2, "method-settings: ascent.epochs = 0: input should be greater than or equal to 1; the default is"),
     "share": (["run", "demo", "--set", "attack.share=2"], 2, "attack.share = 2"),
     "no such task": (["run", "demo", "--set", "task=nosuch"], 1, "there is no task 'nosuch'"),
     "no such module": (["run", "demo", "--set", "task=nosuch.module:task"], 1, "cannot be loaded"),

@@ -19,9 +19,10 @@ from server.federation import (
     network_of,
     staying,
 )
-from server.settings import read_settings
+from server.settings import Settings, read_settings
 from strategies.methods.interface import UNKNOWN, Network
 from strategies.methods.masks import MASKS
+from strategies.methods.settings import MethodSettingsError
 from strategies.recovery import VALIDATION
 from tests.client.forgetting.small import Regression, Small
 from unlearning.catalogue import Need
@@ -135,6 +136,19 @@ def test_without_the_task_no_method_knows_channels():
 
 
 # ---------------------------------------------------------------- recovery without a class
+def test_settings_of_methods_reach_the_methods_of_a_federation():
+    task = load_task(read_settings({}).task_options())
+    text = "fisher-mask.rate=0.02,ascent.epochs=3"
+    built = build_methods(read_settings({"method-settings": text}), initial_model(task, 0))
+    usual = build_methods(read_settings({}), initial_model(task, 0))
+    assert built["fisher-mask"].rate == 0.02
+    assert built["ascent"].settings == {"epochs": 3}
+    changed = {name for name in built if built[name] != usual[name]}
+    assert changed == {"fisher-mask", "ascent"}
+    with pytest.raises(MethodSettingsError, match="no method 'mask' has settings"):
+        build_methods(Settings.model_construct(method_settings="mask.rate=1"), task.build_model())
+
+
 def test_rows_of_other_classes_stay():
     targets = torch.tensor([3, 0, 3, 7, 1])
     outputs = torch.arange(10.0).reshape(5, 2)

@@ -28,6 +28,7 @@ def test_every_fault_is_reported_at_once():
         ({"pruning-rate": 1.2}, r"pruning-rate = 1.2 is outside \[0, 1\]"),
         ({"pruning-rate": "some"}, "pruning-rate = 'some'"),
         ({"hits": 4, "window": 3}, "hits = 4 can never be reached within window = 3"),
+        ({"method-settings": "ascent.epoch=3"}, "method-settings: ascent has no setting 'epoch'"),
         ({"seed": -1}, "seed = -1"),
         ({"quorum": 1.5}, "quorum = 1.5"),
         ({"strategy": "best"}, "strategy = 'best'"),

@@ -92,7 +92,7 @@ class Clients:
         if kind in PLAY:
             return learning()(partition, int(config["server-round"]), start)
         if kind is Question:
-            return self._statistics(start, rows)
+            return self._statistics(start, rows if config["forget"] != "none" else 0)
         moved = {n: t + 1 if t.is_floating_point() and rows else t for n, t in start.items()}
         if kind is Amnesiac:
             return messages.train_reply(moved, {"batches": rows, "first-round": 1}, 1)
@@ -466,19 +466,40 @@ def test_a_leaver_that_refuses_to_help_is_still_forgotten_later():
     assert wrapped.roster.statuses()[client(4)] == "quarantined"
 
 
-def test_a_liars_statistics_refuse_the_request_for_now_and_change_nothing():
+def lying(*liars):
+    """Clients, by how many rows they hold, that claim a row more than they dropped."""
     clients = Clients()
     honest = clients._statistics
 
-    def lying(start, rows):
+    def statistics(start, rows):
         content = honest(start, rows)
-        if rows == 3:
-            content[messages.METRICS]["forget-count"] = 10**7
+        if rows in liars:
+            content[messages.METRICS]["forget-count"] = rows + 1
         return content
 
-    clients._statistics = lying
-    wrapped, records, models = requested(clients, Mask())
-    assert records[0].unlearning.refused.startswith("client-0002 sent no usable statistics")
+    clients._statistics = statistics
+    return clients
+
+
+def test_a_liars_statistics_are_left_out_and_named():
+    wrapped, records, _ = requested(lying(3), Mask())
+    done = records[0].unlearning
+    assert done.refused is None
+    assert done.settings["clients"] == CLIENTS - 1
+    assert wrapped.forgetting.pending == []
+    told = [warning for warning in done.warnings if warning.startswith("unheard")]
+    assert told == [
+        "unheard: query.statistics is without client-0002: no usable statistics: statistics claim "
+        "4 samples, and there are at most 3",
+        "unheard_holder: client-0002 dropped 3 rows, and no sums over them came in",
+    ]
+
+
+def test_statistics_of_too_few_refuse_the_request_for_now_and_change_nothing():
+    wrapped, records, models = requested(lying(3, 4, 5), Mask())
+    refused = records[0].unlearning.refused
+    assert refused.startswith("fisher-mask needs usable statistics of 3 of 5 clients, and 2 sent")
+    assert all(f"client-{n:04d}: no usable statistics" in refused for n in (2, 3, 4))
     assert len(wrapped.forgetting.pending) == 1
     quiet = Clients()
     _, expected = play(made(Mask()), quiet.grid, 4)

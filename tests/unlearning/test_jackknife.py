@@ -275,7 +275,7 @@ def test_layers_that_cannot_be_solved_are_refused():
     assert jackknife.expected(largest, "head")[1]["head"].shape == (4000,)
     assert jackknife.expected({"weight": torch.zeros(10, 400)}, "")[1][""].shape == (4000,)
     larger = {"head.weight": torch.zeros(10, 400), "head.bias": torch.zeros(10)}
-    with pytest.raises(MissingNeedError, match=r"4,010 unknowns.*use the diagonal"):
+    with pytest.raises(MissingNeedError, match=r"4,010 unknowns.*set the scope to diag"):
         jackknife.hessian_statistics(larger, linear, torch.zeros(2, 400), "head")
     with pytest.raises(MissingNeedError, match="no linear layer called 'tail'"):
         jackknife.expected(larger, "tail")

@@ -1067,7 +1067,7 @@ TABLE = {
     "fisher-mask": ({Need.TARGET, R}, CC, "none", "attackers events"),
     "activation-mask": ({Need.TARGET, R, V}, CC, "none", "attackers events routes"),
     "grad-mask": ({Need.TARGET, R, V}, CC, "none", "attackers events routes"),
-    "random-mask": ({Need.DROP, R}, CC, "none", "attackers events routes"),
+    "random-mask": ({R}, CC, "none", "attackers events routes"),
     "fisher-noise": ({Need.TARGET, R}, CD, "none", "attackers events routes"),
     "tfidf": ({Need.TARGET, R, V, Y}, "class", "none", "attackers events"),
     "ascent": ({Need.TARGET, R, Y}, CD, "none", "attackers events"),

@@ -4,11 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from client.forgetting.statistics import fisher_of, structure_for
 from client.forgetting.steps import do
+from client.task.protocol import Split
 from strategies.actions import Statistics, parted
-from tests.client.forgetting.small import Regression, Small, made
+from strategies.methods.interface import Network
+from strategies.methods.masks import channels_of
+from tests.client.forgetting.small import Regression, Small, images, made
 from unlearning import sums, tfidf
 from unlearning.channel_masks import activation_scores, parameter_masks
 from unlearning.errors import MissingNeedError, ParametersError
@@ -183,3 +187,39 @@ def test_a_label_that_is_no_class_is_refused(trained):
     wrong = dataclasses.replace(holding, forget=(holding.forget[0], holding.forget[1] + 9))
     with pytest.raises(ParametersError, match="labels must lie in 0 to 2"):
         do(Statistics(**CLASS, kind="classes"), model, wrong)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "activations"])
+@pytest.mark.parametrize("wanted", ["forget", "remain"])
+def test_of_one_set_nothing_else_is_sent(trained, kind, wanted):
+    both, _ = asked(kind, trained)
+    one, outcome = asked(kind, trained, sets=wanted)
+    assert set(outcome.metrics) == {f"{wanted}-count"}
+    assert list(one) == [wanted]
+    assert one[wanted].count == both[wanted].count
+    for name, tensor in both[wanted].sums.items():
+        assert torch.equal(one[wanted].sums[name], tensor)
+
+
+class Wide(Small):
+    """Images and weights of double precision."""
+
+    def build_model(self):
+        return self.cnn().double()
+
+    def client_data(self, partition, partitions):
+        return Split(*[
+            TensorDataset(data.tensors[0].double(), data.tensors[1])
+            for data in (images(partition, 60), images(partition + 1000, 15))
+        ])  # fmt: skip
+
+
+@pytest.mark.parametrize("task", [Small(), Wide()], ids=["float", "double"])
+def test_sums_over_channels_are_of_the_type_that_a_server_expects(task):
+    model, holding = made(task, epochs=1)
+    expected = channels_of(Network(structure_for(holding).convolutions, (), 3), model)
+    assert expected["0"].dtype == model["0.weight"].dtype
+    for kind, group in (("activations", "forget"), ("gradients", "forget"), ("classes", "0")):
+        found, _ = asked(kind, (model, holding))
+        sums.check_statistics(found[group], expected, signed=True)
+        assert found[group].sums["0"].dtype == expected["0"].dtype
