@@ -51,6 +51,11 @@ class Asked(BaseModel):
     """``None`` to have one chosen."""
     most_rounds: int | None = Field(None, ge=1)
     """Rounds that may be played again for it."""
+    cooperates: bool | None = None
+    """Whether those concerned answer; ``None`` for what is usual: who leaves does not, holders of a
+    class or samples do."""
+    drops: bool | None = None
+    """Whether they at least drop the data; ``None`` if they do whenever they answer."""
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:
@@ -156,6 +161,8 @@ def request_of(
         guarantee=asked.guarantee,
         method=asked.method,
         most_rounds=asked.most_rounds,
+        target_cooperates=asked.cooperates,
+        target_drops=asked.drops,
         label=asked.label,
         tokens=tuple(tokens),
     )
