@@ -4,9 +4,9 @@ The holders start from the global model and send back what they made of it; the 
 much of it as they weigh in an average: ``w + sum_k p_k (w'_k - w)``.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from strategies.actions import (
     Action,
@@ -172,20 +172,31 @@ class Ball:
     Attributes
     ----------
     radius
-        Of the ball; ``None`` for half the distance of that average from the initial model, or from
-        the model that the last round started from where that is unknown.
+        Of the ball; ``random`` for the root of a third of the mean squared distance of that average
+        from freshly initialised models, or ``start`` for half its distance from the initial model.
+    drawn
+        Makes the freshly initialised models that ``random`` needs, one at a time.
     settings
         Of the step, where they differ from its defaults.
     """
 
     name: str = "pga"
-    radius: float | None = None
+    radius: float | Literal["random", "start"] = "random"
+    drawn: Callable[[], Iterable[Parameters]] = tuple
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def freeze(
         self, memory: Memory, model: Parameters, clients: Collection[str]
-    ) -> tuple[LastRound, Parameters]:
-        """Keep what the client sent last, and the others' average beside it."""
+    ) -> tuple[LastRound, Parameters, float]:
+        """Keep what the client sent last, the others' average beside it, and the radius.
+
+        Raises
+        ------
+        NoLastRoundError
+            If the client's last model was not remembered.
+        MissingNeedError
+            If there is nothing to measure the radius by.
+        """
         last = memory.last
         if last is None or not set(clients) <= last.locals_.keys():
             raise NoLastRoundError(
@@ -194,17 +205,28 @@ class Ball:
             )
         theirs = last.without(last.locals_.keys() - set(clients))
         kept = {client: copied(sent) for client, sent in theirs.locals_.items()}
-        return LastRound(last.number, copied(last.previous), kept, theirs.weights), copied(model)
+        evidence = LastRound(last.number, copied(last.previous), kept, theirs.weights)
+        return evidence, copied(model), self._radius(memory, model)
+
+    def _radius(self, memory: Memory, reference: Parameters) -> float:
+        match self.radius:
+            case "random":
+                return ascent.random_radius(reference, self.drawn())
+            case "start":
+                if memory.initial is None:
+                    raise MissingNeedError(
+                        f"{self.name} with radius = start needs the initial model, which was not "
+                        "remembered; make a method ready that needs it, such as retrain, or set "
+                        "radius = random"
+                    )
+                return ascent.start_radius(reference, memory.initial)
+        return self.radius
 
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Ask the client once; what it returns is projected again."""
         (client,) = situation.forgotten
-        last, reference = situation.evidence[0]
+        last, reference, radius = situation.evidence[0]
         leaver = last.locals_[client]
-        radius = self.radius
-        if radius is None:
-            start = situation.memory.initial or last.previous
-            radius = ascent.start_radius(reference, start)
         asked = Ascend(**situation.selection.rows(), radius=radius, **self.settings)
         (answer,) = yield Ask(
             Ascend.action,
@@ -216,5 +238,24 @@ class Ball:
         )
         assert answer.arrays is not None  # noqa: S101  the screen has looked
         model = ascent.projected_again(answer.arrays, reference, radius)
-        told = {"radius": radius, "distance": ascent.distance(model, reference)}
-        return Unlearned(model, settings=told)
+        told = {
+            "radius": radius,
+            "distance": ascent.distance(model, reference),
+            **{
+                name: answer.metrics[name]
+                for name in ("steps", "stopped")
+                if name in answer.metrics
+            },
+        }
+        return Unlearned(model, settings=told, warnings=_far(reference, leaver, asked.farthest))
+
+
+def _far(reference: Parameters, leaver: Parameters, farthest: float) -> tuple[str, ...]:
+    """Return a warning where an ascent is as far from the client's model as it is to go."""
+    apart = ascent.distance(reference, leaver)
+    if apart <= farthest:
+        return ()
+    return (
+        f"far_at_first: the others' average is {apart:.3g} from the leaving client's model, and an "
+        f"ascent ends farther than {farthest:g} from it: after its first step; set farthest higher",
+    )

@@ -1,6 +1,7 @@
 """Methods in which holders change the model, and rounds of other training: with canned answers."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -234,13 +235,20 @@ def leaving(made, remembered, start):
     )
 
 
-def test_a_ball_is_half_as_wide_as_the_way_from_the_start_and_liars_end_on_its_surface():
+FROM_START = Ball(radius="start", settings={"epochs": 3, "farthest": 1e3})
+
+
+def inside(who, question, **metrics):
+    return Answer(who, parted(question.arrays)["reference"], metrics, 1)
+
+
+def test_a_ball_from_the_start_and_liars_end_on_its_surface():
     # w_ref = 1 and w_0 = 0 in all of n entries: radius sqrt(n) / 2. What is far outside, 1e6 in
     # every entry, is pulled back to 1 + 1/2 in every entry; what is inside stays.
     remembered = memory(model(0.8), model(3.0))
     for sent, expected in ((1e6, 1.5), (-1e6, 0.5), (1.25, 1.25)):
         found, (asked,) = run(
-            Ball(settings={"epochs": 3}).plan(leaving(Ball(), remembered, model())),
+            FROM_START.plan(leaving(FROM_START, remembered, model())),
             lambda who, question, sent=sent: Answer(
                 who, model(sent) | {"norm.num_batches_tracked": torch.tensor(99)}, {}, 1
             ),
@@ -251,7 +259,8 @@ def test_a_ball_is_half_as_wide_as_the_way_from_the_start_and_liars_end_on_its_s
         distance = abs(expected - 1) * math.sqrt(ENTRIES)
         assert found.settings["distance"] == pytest.approx(distance, abs=1e-3)
     told = Ascend.model_validate(dict(asked.config))
-    assert told == Ascend(forget="all", radius=found.settings["radius"], epochs=3)
+    radius = found.settings["radius"]
+    assert told == Ascend(forget="all", radius=radius, epochs=3, farthest=1e3)
     assert (asked.to, asked.everybody) == ((client(1),), True)
     sent = parted(asked.arrays)
     assert sent.keys() == {"reference", "leaver"}
@@ -259,30 +268,55 @@ def test_a_ball_is_half_as_wide_as_the_way_from_the_start_and_liars_end_on_its_s
     assert asked.expects.keys() == model().keys()
 
 
-def test_a_radius_of_ones_own_and_one_from_the_last_round():
-    def inside(who, question):
-        return Answer(who, parted(question.arrays)["reference"], {}, 1)
+def test_the_radius_is_measured_by_freshly_initialised_models():
+    # w_ref = 1, drawn models 2 and 4 in all of n entries: sqrt(1/3 (n + 9 n) / 2).
+    made = Ball(drawn=lambda: iter([model(2.0), model(4.0)]))
+    found, (asked,) = run(made.plan(leaving(made, memory(model(), model(3.0)), model())), inside)
+    assert found.settings["radius"] == pytest.approx(math.sqrt(5 * ENTRIES / 3))
+    assert asked.config["radius"] == found.settings["radius"]
 
-    found, _ = run(
-        Ball(radius=0.25).plan(leaving(Ball(), memory(model(), model(3.0)), model())), inside
-    )
-    assert found.settings == {"radius": 0.25, "distance": 0}
+
+def test_a_radius_that_nothing_tells_is_refused_and_one_of_ones_own_is_taken():
+    with pytest.raises(MissingNeedError, match="there are none; give some, or a radius"):
+        leaving(Ball(), memory(model(), model(3.0)), model())
     unknown = memory(model(), model(3.0))
-    unknown.initial = None  # then from where the last round started: 1 - 0.5
-    found, _ = run(Ball().plan(leaving(Ball(), unknown, model())), inside)
-    assert found.settings["radius"] == pytest.approx(0.5 * math.sqrt(ENTRIES) / 2)
+    unknown.initial = None  # half of the last round's step would be no ball to forget in
+    with pytest.raises(MissingNeedError, match="radius = start needs the initial model"):
+        leaving(FROM_START, unknown, model())
+    own = Ball(radius=0.25)
+    found, _ = run(own.plan(leaving(own, unknown, model())), inside)
+    assert found.settings == {"radius": 0.25, "distance": 0}
+
+
+@pytest.mark.parametrize(("farthest", "warned"), [(1.9, True), (2.1, False)])
+def test_a_start_that_is_too_far_to_climb_from_is_warned_of(farthest, warned):
+    # Models 1 and 1 + 2 / sqrt(n) in all of n entries are 2 apart.
+    apart = model(1 + 2 / math.sqrt(ENTRIES))
+    made = Ball(radius=0.25, settings={"farthest": farthest})
+    found, _ = run(made.plan(leaving(made, memory(model(), apart), model())), inside)
+    told = f"far_at_first: the others' average is 2 from .* farther than {farthest} from it"
+    assert bool(found.warnings) == warned
+    assert all(re.match(told, warning) for warning in found.warnings)
+
+
+def test_how_the_ascent_went_is_told_as_far_as_the_client_says():
+    made = Ball(radius=0.25)
+    pending = leaving(made, memory(model(), model(3.0)), model())
+    found, _ = run(made.plan(pending), lambda w, q: inside(w, q, steps=7, stopped=1, rows=9))
+    assert found.settings == {"radius": 0.25, "distance": 0, "steps": 7, "stopped": 1}
 
 
 def test_what_pga_froze_is_a_copy_without_what_others_sent():
     sent, start = model(3.0), model()
     remembered = memory(model(), sent)
-    last, reference = Ball().freeze(remembered, start, [client(1)])
+    last, reference, radius = FROM_START.freeze(remembered, start, [client(1)])
     assert last.locals_.keys() == last.weights.keys() == {client(1)}
     for live in (start, *(remembered.last.locals_.values()), remembered.last.previous):
         for tensor in trained(live).values():
             tensor.fill_(7.0)
     assert (value(reference), value(last.locals_[client(1)])) == (1, 3)
     assert value(last.previous) == 0.5
+    assert radius == pytest.approx(math.sqrt(ENTRIES) / 2)
 
 
 def test_pga_needs_the_last_round_of_who_leaves():
