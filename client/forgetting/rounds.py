@@ -1,34 +1,42 @@
 """Rounds of training on the rows that remain, each in the manner of a method."""
 
+import torch
+
 from client.forgetting.interface import Holding, Outcome
+from client.train import seed_dropout
 from strategies.actions import Noisy, Rapid, Rcad
 from unlearning import noisy_descent, rapid_retraining, rcad
 from unlearning.parameters import Parameters
-from unlearning.randomness import generator
+from unlearning.randomness import derive_seed, generator
 
 
 def rapid(settings: Rapid, model: Parameters, holding: Holding) -> Outcome:
     """Train with steps scaled by curvature (Rapid Retraining, ``methods`` 2.8).
 
-    What the steps remember begins anew in every round, as an optimizer does.
+    In training mode, as ordinary training is: it may begin with the initial model, whose statistics
+    are of no data. What the steps remember begins anew in every round, as an optimizer does.
     """
-    made, _ = rapid_retraining.train(
-        model,
-        holding.forward,
-        holding.loss,
-        *holding.remain,
-        epochs=holding.training.local_epochs,
-        batch_size=holding.training.batch_size,
-        generator=generator(holding.training.seed, "rapid", *holding.purpose),
-        settings=rapid_retraining.Settings(
-            learning_rate=settings.rapid_rate,
-            beta1=settings.beta1,
-            beta2=settings.beta2,
-            damping=settings.damping,
-            block=settings.block,
-            fisher=settings.fisher,
-        ),
-    )
+    training = holding.training
+    with torch.random.fork_rng(devices=[]):
+        seed_dropout(holding.device, derive_seed(training.seed, "dropout", *holding.purpose))
+        made, _ = rapid_retraining.train(
+            model,
+            holding.forward,
+            holding.loss,
+            *holding.remain,
+            epochs=training.local_epochs,
+            batch_size=training.batch_size,
+            generator=generator(training.seed, "rapid", *holding.purpose),
+            settings=rapid_retraining.Settings(
+                learning_rate=settings.rapid_rate,
+                beta1=settings.beta1,
+                beta2=settings.beta2,
+                damping=settings.damping,
+                block=settings.block,
+                fisher=settings.fisher,
+            ),
+            learn=holding.learn,
+        )
     return Outcome(made)
 
 
@@ -43,7 +51,11 @@ def noisy_settings(settings: Noisy) -> noisy_descent.Settings:
 
 
 def noisy(settings: Noisy, model: Parameters, holding: Holding) -> Outcome:
-    """Take steps of noisy descent on all rows that remain (``methods`` 2.15)."""
+    """Take steps of noisy descent on all rows that remain (``methods`` 2.15).
+
+    In evaluation mode: statistics of a batch would tie its rows together, and running ones, which
+    stay as they came, would tell of rows without any noise.
+    """
     made = noisy_descent.train(
         model,
         holding.forward,
