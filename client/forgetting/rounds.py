@@ -1,11 +1,14 @@
 """Rounds of training on the rows that remain, each in the manner of a method."""
 
 import torch
+from torch.utils.data import TensorDataset
 
 from client.forgetting.interface import Holding, Outcome
-from client.train import seed_dropout
+from client.scratch import scratch_for
+from client.train import Penalty, seed_dropout, train
 from strategies.actions import Noisy, Rapid, Rcad
 from unlearning import noisy_descent, rapid_retraining, rcad
+from unlearning.errors import MissingNeedError
 from unlearning.parameters import Parameters
 from unlearning.randomness import derive_seed, generator
 
@@ -70,23 +73,43 @@ def noisy(settings: Noisy, model: Parameters, holding: Holding) -> Outcome:
 
 
 def regularised(settings: Rcad, model: Parameters, holding: Holding) -> Outcome:
-    """Train with uncertainty on perturbed rows (RCAD, ``methods`` 2.13).
+    """Train as ever, and be unsure of perturbed rows (RCAD, ``methods`` 2.13).
+
+    At a strength of 0 it is an ordinary round, bit for bit.
 
     Raises
     ------
     MissingNeedError
         If nothing remains to train on.
     """
-    made = rcad.train(
-        model,
+    if not len(holding.remain[0]):
+        raise MissingNeedError("training needs at least one row of data, and there are none")
+    scratch = scratch_for(holding.task, holding.device)
+    scratch.load(model)
+    train(
+        holding.task,
+        scratch.model,
+        TensorDataset(*holding.remain),
+        holding.training,
+        device=holding.device,
+        purpose=holding.purpose,
+        penalty=unsure(settings, holding),
+    )
+    return Outcome(scratch.state())
+
+
+def unsure(settings: Rcad, holding: Holding) -> Penalty | None:
+    """Return RCAD's penalty for training at a holder; ``None`` where there is none."""
+    forgets = settings.source == "forget"
+    if not settings.strength or (forgets and not len(holding.forget[0])):
+        return None
+    value = rcad.penalty(
         holding.forward,
         holding.loss,
-        *holding.remain,
-        epochs=holding.training.local_epochs,
-        learning_rate=holding.training.learning_rate,
-        batch_size=holding.training.batch_size,
-        generator=generator(holding.training.seed, "rcad", *holding.purpose),
         strength=settings.strength,
         radius=settings.radius,
+        forget=holding.forget if forgets else None,
+        most=holding.training.batch_size,
+        generator=generator(holding.training.seed, "rcad", *holding.purpose),
     )
-    return Outcome(made)
+    return lambda model, inputs, targets: value(model.state_dict(keep_vars=True), inputs, targets)

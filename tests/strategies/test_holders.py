@@ -412,7 +412,29 @@ def test_rounds_of_a_step_carry_its_settings(name):
         assert told == [(n, 2.0 * (n - 1), 3) for n in numbers]
     else:
         assert told == []
-        assert step(**own).config().items() <= found.settings.items()
+        assert {kebab(n): v for n, v in own.items()}.items() <= found.settings.items()
+        assert not found.settings.keys() & set(TOKENS.config())
+
+
+def kebab(name):
+    return name.replace("_", "-")
+
+
+@pytest.mark.parametrize(
+    ("pending", "told", "warning"),
+    [
+        ([waiting((0,), TOKENS)], TOKENS, None),
+        ([waiting((0,), TOKENS), waiting((1,), CLASS)], TOKENS, "one_source"),
+        ([waiting((3,), None)], Selection(forget="none"), "no_source"),
+    ],
+)
+def test_rcad_may_perturb_what_is_forgotten_and_says_whose(pending, told, warning):
+    found, asked = run(rcad(source="forget").plan(situation(*pending)), stepping)
+    assert all(told.config().items() <= dict(question.config).items() for question in asked)
+    assert asked[0].config["source"] == found.settings["source"] == "forget"
+    assert [text.split(":")[0] for text in found.warnings] == ([warning] if warning else [])
+    _, usual = run(rcad().plan(situation(*pending)), stepping)
+    assert usual[0].config["forget"] == "none"
 
 
 def test_shares_of_rounds_are_rounded_up_and_a_step_is_no_plain_training():

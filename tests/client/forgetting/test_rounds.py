@@ -117,13 +117,56 @@ def test_noisy_rounds_are_the_pure_function(trained):
     assert all(torch.equal(found[name], model[name]) for name in STATISTICS)
 
 
-def test_rcad_rounds_are_the_pure_function(trained):
+OWN = {"learning_rate_milestones": "3,6", "weight_decay": 0.01}
+TRAININGS = [OWN | {"momentum": 0.9}, OWN | {"optimizer": "adam", "learning_rate": 0.01}]
+
+
+def ordinary(model, holding):
+    """An ordinary round on the rows that remain."""
+    job = Job(holding.task, TensorDataset(*holding.remain), holding.training, holding.purpose, CPU)
+    return train_on(job, model)[0]
+
+
+@pytest.mark.parametrize("own", [{}, *TRAININGS, {"proximal_mu": 0.5}])
+def test_rcad_without_strength_is_an_ordinary_round_bit_for_bit(own, trained):
+    # Round 5: one milestone of two has passed.
     model, holding = trained
-    expected = rcad.train(
-        model, holding.forward, holding.loss, *holding.remain, epochs=3, learning_rate=0.1,
-        batch_size=10, generator=generator(0, "rcad", 1, 0), strength=0.4, radius=0.5,
-    )  # fmt: skip
-    assert same(do(Rcad(strength=0.4, radius=0.5), model, holding).arrays, expected)
+    ready = dataclasses.replace(
+        holding, training=holding.training.model_copy(update=own), purpose=(5, 2)
+    )
+    expected = ordinary(model, ready)
+    for source in ("remain", "forget"):
+        assert same(do(Rcad(strength=0, source=source), model, ready).arrays, expected)
+    empty = (holding.forget[0][:0], holding.forget[1][:0])
+    bare = dataclasses.replace(ready, forget=empty)
+    assert same(do(Rcad(source="forget"), model, bare).arrays, expected)
+    for source in ("remain", "forget"):
+        found = do(Rcad(source=source), model, ready).arrays
+        assert not same(found, expected)
+        # Every plain pass was in training mode, and no other.
+        assert torch.equal(found[STATISTICS[2]], expected[STATISTICS[2]])
+
+
+def test_a_step_of_rcad_is_of_both_terms_and_only_the_plain_pass_moves_statistics(trained):
+    model, holding = trained
+    count = len(holding.remain[1])
+    whole = holding.training.model_copy(update={"local_epochs": 1, "batch_size": count})
+    ready = dataclasses.replace(holding, training=whole)
+    found = do(Rcad(strength=0.4, radius=0.5), model, ready).arrays
+    plain = ordinary(model, ready)
+    assert all(torch.equal(found[name], plain[name]) for name in STATISTICS)
+    network = Small.cnn().train()
+    network.load_state_dict(model)
+    inputs, targets = holding.remain
+    loss = holding.loss(network(inputs), targets)
+    # The perturbed pass is in evaluation mode, with the statistics that the plain pass left.
+    now = network.state_dict(keep_vars=True)
+    near = rcad.perturbed(now, holding.forward, holding.loss, inputs, targets, 0.5)
+    (loss + 0.4 * rcad.confidence(holding.forward(now, near))).backward()
+    for name, tensor in network.named_parameters():
+        torch.testing.assert_close(
+            found[name], model[name] - 0.1 * tensor.grad, rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("settings", [Rapid(), Noisy(), Rcad()])
