@@ -34,7 +34,7 @@ def answer(kind: type[Action], message: Message, context: Context, own: TaskOpti
     settings, start = kind.model_validate(config_of(message)), start_of(message)
     holding = _holding(settings, message, context, own)
     forgotten, remaining = len(holding.forget[1]), len(holding.remain[1])
-    if not isinstance(settings, Selection):
+    if kind.trains:
         outcome = do(settings, start, holding)
         content = messages.train_reply(outcome.arrays, outcome.metrics, max(1, remaining))
         return Message(content, reply_to=message)

@@ -152,7 +152,7 @@ def _register(
     def handle(message: Message, context: Context) -> Message:
         use_one_thread()
         own = options(context)
-        if verb == messages.TRAIN and not issubclass(kind, Selection):
+        if kind.trains:
             end_log(context, own)
         return answer(kind, message, context, own)
 

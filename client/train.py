@@ -22,6 +22,10 @@ Finish = Callable[[Parameters, Parameters], Parameters]
 """Global model and trained model -> the model that is sent."""
 
 
+Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Model in training, inputs and targets of a batch -> what is added to its loss."""
+
+
 class Log(Protocol):
     """Keeps what the steps of a job changed."""
 
@@ -90,12 +94,13 @@ def train(
     purpose: tuple[int, int],
     draws: bool = True,
     observe: Observe | None = None,
+    penalty: Penalty | None = None,
 ) -> dict[str, float]:
     """Train ``model``, which is on ``device``, in place; return the mean loss of the last epoch.
 
     The same call always gives the same weights on a CPU. Without ``draws`` torch's own generator,
     which all threads share, is left alone: for models that draw nothing at random. ``observe`` must
-    leave the model as it is.
+    leave the model as it is. ``penalty`` may change its mode; the loss that is returned is without.
     """
     if not model.training:
         model.train()
@@ -116,6 +121,9 @@ def train(
                 objective = loss
                 if start:
                     objective = loss + proximal(trainable, start, settings.proximal_mu)
+                if penalty is not None:
+                    objective = objective + penalty(model, inputs, targets)
+                    model.train()
                 # Half the time of zero_grad and backward, which add to gradients that are there.
                 gradients = torch.autograd.grad(objective, trainable, allow_unused=True)
                 for parameter, gradient in zip(trainable, gradients, strict=True):

@@ -1,7 +1,8 @@
 """Assemble one federation from its settings."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, Strateg
 from torch import nn
 
 from client.task.device import choose_device
-from client.task.evaluation import accuracy_of, batches, forward_of, gather, load_state, predict
+from client.task.evaluation import (
+    accuracy_of,
+    batches,
+    forward_of,
+    gather,
+    load_state,
+    predict,
+    state_of,
+)
 from client.task.models import prunable_layers
 from client.task.protocol import Task, server_data, size_of
 from client.task.structure import structure_of
@@ -26,6 +35,7 @@ from strategies.memory import Memory
 from strategies.methods.catalogue import MAKE
 from strategies.methods.drift import Drift
 from strategies.methods.fedup import FedUP
+from strategies.methods.holders import Ball
 from strategies.methods.interface import UNKNOWN, Method, Network, ServerLab
 from strategies.methods.negation import Negation
 from strategies.methods.replay import FedEraser
@@ -37,6 +47,7 @@ from strategies.roster import Hysteresis
 from strategies.screen import Screen
 from strategies.store import Store
 from strategies.wrapper import Unlearning
+from unlearning.ascent import DRAWN
 from unlearning.catalogue import Need
 from unlearning.errors import ParametersError
 from unlearning.parameters import Parameters
@@ -60,7 +71,7 @@ def build_federation(
     """
     lab = build_lab(task, model) if task is not None else None
     network = network_of(task, model) if task is not None else UNKNOWN
-    methods = build_methods(settings, model, network)
+    methods = build_methods(settings, model, network, fresh_models(task, settings.seed))
     ready = [methods[name] for name in settings.methods]
     return Unlearning(
         build_strategy(settings),
@@ -145,11 +156,21 @@ def build_detector(settings: Settings) -> Detector | None:
 
 
 def build_methods(
-    settings: Settings, model: nn.Module, network: Network = UNKNOWN
+    settings: Settings,
+    model: nn.Module,
+    network: Network = UNKNOWN,
+    drawn: Callable[[], Iterable[Parameters]] = tuple,
 ) -> dict[str, Method]:
-    """Return every method by name; which of them can run depends on what is recorded."""
+    """Return every method by name; which of them can run depends on what is recorded.
+
+    ``drawn`` makes freshly initialised models, if any can be made.
+    """
     prunable = prunable_layers(model)
     rate = settings.pruning_rate
+    ready = configured(network, settings.method_settings)
+    ball = ready["pga"]
+    if isinstance(ball, Ball):
+        ready["pga"] = replace(ball, drawn=drawn)
     own: dict[str, Method] = {
         "fedup": FedUP(rate=rate, prunable=prunable, score=settings.pruning_score),
         "random": FedUP(rate=rate, prunable=prunable, score="random", name="random"),
@@ -163,7 +184,7 @@ def build_methods(
             epochs=REPAIR_EPOCHS,
             batch_size=settings.batch_size,
         ),
-        **configured(network, settings.method_settings),
+        **ready,
     }
     return {name: own.get(name) or make() for name, make in MAKE.items()}
 
@@ -227,6 +248,17 @@ def initial_model(task: Task, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "initial model"))
         return task.build_model()
+
+
+def fresh_models(task: Task | None, seed: int) -> Callable[[], Iterable[Parameters]]:
+    """Return a function that makes freshly initialised models, none of them that of round 0."""
+
+    def drawn() -> Iterator[Parameters]:
+        if task is not None:
+            for place in range(DRAWN):
+                yield state_of(initial_model(task, derive_seed(seed, "fresh model", place)))
+
+    return drawn
 
 
 def central_measure(

@@ -54,6 +54,11 @@ class Asked(BaseModel):
     """Rounds that may be played again for it."""
     marks: Kind | None = None
     """How the one client named marks rows before it leaves; ``None`` if it does not."""
+    cooperates: bool | None = None
+    """Whether those concerned answer; ``None`` for what is usual: who leaves does not, holders of a
+    class or samples do."""
+    drops: bool | None = None
+    """Whether they at least drop the data; ``None`` if they do whenever they answer."""
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:
@@ -167,6 +172,8 @@ def request_of(
         guarantee=asked.guarantee,
         method=asked.method,
         most_rounds=asked.most_rounds,
+        target_cooperates=asked.cooperates,
+        target_drops=asked.drops,
         label=asked.label,
         tokens=tuple(tokens),
         marks=asked.marks or "",

@@ -54,6 +54,8 @@ class Action(BaseModel):
     """Message type."""
     told: ClassVar[tuple[str, ...]] = ()
     """Metrics of an answer that say how a step went; all are 0 where there was nothing to do."""
+    trains: ClassVar[bool] = False
+    """Whether it is a round of training on the rows that remain; its answer weighs as they do."""
 
     def config(self) -> dict[str, Scalar]:
         """Return the settings as they travel."""
@@ -236,6 +238,7 @@ class Rapid(Action):
     """One round of training with steps scaled by curvature (Rapid Retraining, ``methods`` 2.8)."""
 
     action = "train.rapid"
+    trains = True
 
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
@@ -249,6 +252,7 @@ class Noisy(Action):
     """One round of noisy full-batch descent (``methods`` 2.15)."""
 
     action = "train.noisy"
+    trains = True
 
     noisy_rate: float = Field(0.1, gt=0)
     decay: float = Field(1e-4, ge=0)
@@ -259,15 +263,20 @@ class Noisy(Action):
     steps: int = Field(1, ge=1)
 
 
-class Rcad(Action):
-    """One round of training with uncertainty on perturbed rows (RCAD, ``methods`` 2.13)."""
+class Rcad(Selection):
+    """One round of training with uncertainty on perturbed data (RCAD, ``methods`` 2.13)."""
 
     action = "train.rcad"
+    trains = True
 
+    forget: Literal["none", "all", "class", "samples"] = "none"
     strength: float = Field(0.2, ge=0)
     """Lambda."""
     radius: float = Field(1.0, ge=0)
     """Alpha, the norm of a row's perturbation."""
+    source: Literal["remain", "forget"] = "remain"
+    """Which rows are perturbed: the batch's, or selected ones; who holds none of these trains as
+    ever."""
 
 
 LARGEST, CANCELLED, SAMPLES = "largest-gradient", "cancelled", "samples"

@@ -18,7 +18,7 @@ Without a ball, but with few entries a step, for a class or samples (paper 002, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,8 @@ from unlearning.partial_updates import Pattern, Stop, stepped, train_partially
 
 LEARNING_RATE, MOMENTUM, LONGEST, EPOCHS = 0.01, 0.9, 5.0, 5
 """Of ascent inside a ball: step, momentum, bound on a gradient's norm, passes (2.12)."""
+DRAWN = 10
+"""Freshly initialised models that the ball's radius is measured by (2.12)."""
 FARTHEST = 1.5
 """Distance from the leaving client's model at which to stop; about the root of the source's 2.2."""
 FORGOTTEN = 0.01
@@ -81,17 +83,20 @@ def others_average(model: Parameters, leaver: Parameters, share: float) -> dict[
     return result
 
 
-def random_radius(reference: Parameters, drawn: Sequence[Parameters]) -> float:
+def random_radius(reference: Parameters, drawn: Iterable[Parameters]) -> float:
     """Return the ball's radius, ``sqrt(1/3 mean ||w_ref - w_rand||^2)`` (2.12).
 
     Parameters
     ----------
     drawn
-        Freshly initialised models, ten in the source; at least one.
+        Freshly initialised models, ``DRAWN`` in the source; at least one. Looked at one by one.
     """
-    if not drawn:
-        raise MissingNeedError("the radius of the ball needs freshly initialised models")
     squares = [distance(reference, other) ** 2 for other in drawn]
+    if not squares:
+        raise MissingNeedError(
+            "the radius of the ball is measured by freshly initialised models, and there are none; "
+            "give some, or a radius"
+        )
     return math.sqrt(sum(squares) / len(squares) / 3)
 
 

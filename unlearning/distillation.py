@@ -24,8 +24,6 @@ Forward = Callable[[Parameters, Tensor], Tensor]
 """Model, inputs of shape (n, ...) -> logits of shape (n, C)."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits of shape (n, C), targets of n rows -> mean loss, without dimensions."""
-Objective = Callable[[Parameters, Tensor, Tensor], Tensor]
-"""Model, inputs and targets of a batch -> what training minimises, without dimensions."""
 
 
 def fine_tune(
@@ -58,33 +56,6 @@ def fine_tune(
     ParametersError
         If the result is not finite, as with too high a learning rate.
     """
-    return descend(
-        model,
-        lambda current, rows, wanted: loss(forward(current, rows), wanted),
-        inputs,
-        targets,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        generator=generator,
-    )
-
-
-def descend(
-    model: Parameters,
-    objective: Objective,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """Return the model after plain stochastic gradient descent on an objective of its own.
-
-    Everything but the objective is as in :func:`fine_tune`.
-    """
     if not len(inputs):
         raise MissingNeedError("training needs at least one row of data, and there are none")
     tuned = {name: tensor.detach().clone() for name, tensor in model.items()}
@@ -93,7 +64,7 @@ def descend(
         order = torch.randperm(len(inputs), generator=generator)
         for batch in torch.split(order, batch_size):
             with torch.enable_grad():
-                value = objective(tuned, inputs[batch], targets[batch])
+                value = loss(forward(tuned, inputs[batch]), targets[batch])
             gradients = torch.autograd.grad(
                 value, leaves, allow_unused=True, materialize_grads=True
             )

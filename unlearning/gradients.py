@@ -4,7 +4,7 @@ No model class is known here; forward and loss are functions, as in ``unlearning
 loss gives the mean over rows, or one number a row: its mean is what counts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from torch import Tensor
 from unlearning.distillation import Forward, Loss
 from unlearning.errors import MissingNeedError, ParametersError
 from unlearning.parameters import Parameters, check_finite, norm, trained_names
+
+Learn = Callable[[Parameters, Tensor], tuple[Tensor, Parameters]]
+"""Model, inputs of shape (n, ...) -> outputs, and the buffers after them, of a network in training
+mode: it normalises by the batch's own statistics, which the running ones take in."""
 
 
 def check_rows(inputs: Tensor, targets: Tensor) -> None:
@@ -48,6 +52,21 @@ def gradient(
         value, list(leaves.values()), allow_unused=True, materialize_grads=True
     )
     return dict(zip(leaves, found, strict=True))
+
+
+def learning_gradient(
+    model: Parameters, learn: Learn, loss: Loss, inputs: Tensor, targets: Tensor
+) -> tuple[dict[str, Tensor], Parameters]:
+    """Return ``gradient`` of a network in training mode, and the buffers that its pass left."""
+    buffers: Parameters = {}
+
+    def forward(parameters: Parameters, rows: Tensor) -> Tensor:
+        nonlocal buffers
+        outputs, buffers = learn(parameters, rows)
+        return outputs
+
+    slope = gradient(model, forward, loss, inputs, targets)
+    return slope, buffers
 
 
 def chunked_gradient(

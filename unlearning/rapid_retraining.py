@@ -23,7 +23,7 @@ from torch import Tensor
 from unlearning.distillation import Forward, Loss
 from unlearning.errors import ParametersError
 from unlearning.fisher import fisher_statistics
-from unlearning.gradients import batches, check_rows, gradient
+from unlearning.gradients import Learn, batches, check_rows, gradient, learning_gradient
 from unlearning.parameters import Parameters, check_alike, check_finite, copied, trained_names
 from unlearning.sums import means
 
@@ -167,6 +167,7 @@ def train(
     generator: torch.Generator,
     settings: Settings = DEFAULT,
     state: State | None = None,
+    learn: Learn | None = None,
 ) -> tuple[dict[str, Tensor], State]:
     """Return the model and the state after some epochs.
 
@@ -174,12 +175,17 @@ def train(
     ----------
     model
         The initial model, for exact forgetting, or today's.
+    forward
+        Of a network in evaluation mode.
     inputs, targets
         Remaining data, n rows each; without rows nothing changes.
     generator
         Draws the orders.
     state
         Of an earlier call, to go on; ``None`` begins anew.
+    learn
+        The network in training mode, for models that keep statistics of their data: without, these
+        stay as they are. The Fisher information of single rows is of ``forward`` all the same.
 
     Raises
     ------
@@ -190,7 +196,11 @@ def train(
     current, memory = copied(model), initial(model) if state is None else state
     for _ in range(epochs if len(inputs) else 0):
         for rows, wanted in batches(inputs, targets, batch_size, generator):
-            slope = gradient(current, forward, loss, rows, wanted)
+            if learn is None:
+                slope = gradient(current, forward, loss, rows, wanted)
+            else:
+                slope, buffers = learning_gradient(current, learn, loss, rows, wanted)
+                current |= buffers
             fisher = diagonal(settings.fisher, current, forward, loss, rows, wanted, slope)
             current, memory = step(current, memory, slope, fisher, settings)
     return current, memory

@@ -6,23 +6,25 @@
     loss(x, y) + lambda (log C - H(f(x + alpha g / ||g||))),    g = grad_x loss(x, y)
 
 with the entropy H of the softmax (``methods`` 2.13). It regularises and erases nothing; it is here
-because papers compare with it. The perturbed pass must not move the statistics of normalisation
-layers: it does not, the forward function being of a network in evaluation mode.
+because papers compare with it. Whoever trains adds the second term, ``penalty``, to the loss.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unlearning.distillation import Forward, Loss, Objective, descend
+from unlearning.distillation import Forward, Loss
 from unlearning.errors import MissingNeedError, ParametersError
 from unlearning.gradients import check_rows
 from unlearning.parameters import Parameters
 
 STRENGTH, RADIUS = 0.2, 1.0
 """Lambda and alpha of the authors' public script."""
+Penalty = Callable[[Parameters, Tensor, Tensor], Tensor]
+"""Model, inputs and targets of a batch -> what is added to its loss, without dimensions."""
 
 
 def perturbed(
@@ -86,7 +88,7 @@ def confidence(logits: Tensor) -> Tensor:
     return math.log(logits.shape[1]) + (logs.exp() * logs).sum(dim=1).mean()
 
 
-def objective(
+def penalty(
     forward: Forward,
     loss: Loss,
     *,
@@ -95,13 +97,15 @@ def objective(
     forget: tuple[Tensor, Tensor] | None = None,
     most: int = 128,
     generator: torch.Generator | None = None,
-) -> Objective:
-    """Return what RCAD minimises on a batch.
+) -> Penalty:
+    """Return what RCAD adds to the loss of a batch.
 
     Parameters
     ----------
+    forward
+        Of a network in evaluation mode: the perturbed pass must not move running statistics.
     strength
-        Lambda, at least 0; at 0 there is no second pass, and this is the loss itself.
+        Lambda, at least 0.
     radius
         See ``perturbed``.
     forget
@@ -127,65 +131,7 @@ def objective(
         return forget[0][chosen], forget[1][chosen]
 
     def value(model: Parameters, inputs: Tensor, targets: Tensor) -> Tensor:
-        plain = loss(forward(model, inputs), targets).mean()
-        if not strength:
-            return plain
         near = perturbed(model, forward, loss, *around(inputs, targets), radius)
-        return plain + strength * confidence(forward(model, near))
+        return strength * confidence(forward(model, near))
 
     return value
-
-
-def train(
-    model: Parameters,
-    forward: Forward,
-    loss: Loss,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
-    generator: torch.Generator,
-    strength: float = STRENGTH,
-    radius: float = RADIUS,
-    forget: tuple[Tensor, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Return the model after fine-tuning on remaining rows with RCAD.
-
-    With a strength of 0 it is ``distillation.fine_tune``, bit for bit.
-
-    Parameters
-    ----------
-    inputs, targets
-        Remaining data, n rows each, at least one.
-    generator
-        Draws the orders, and the rows to perturb where ``forget`` is given.
-    strength, radius, forget
-        See ``objective``.
-
-    Raises
-    ------
-    MissingNeedError, ParametersError
-        As ``objective`` and ``distillation.descend``.
-    """
-    check_rows(inputs, targets)
-    aim = objective(
-        forward,
-        loss,
-        strength=strength,
-        radius=radius,
-        forget=forget,
-        most=batch_size,
-        generator=generator,
-    )
-    return descend(
-        model,
-        aim,
-        inputs,
-        targets,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        generator=generator,
-    )

@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from client.central.case import Case, Made, selected
+from client.central.training import fit, training_rate
 from client.forgetting.interface import Holding
-from client.forgetting.rounds import noisy_settings
+from client.forgetting.rounds import noisy_settings, unsure
 from client.forgetting.statistics import fisher_of
 from client.forgetting.steps import do
 from strategies import actions
@@ -66,6 +67,8 @@ class Rcad(Keys):
 
     strength: float = Field(0.2, ge=0)
     radius: float = Field(1.0, ge=0)
+    source: Literal["remain", "forget"] = "remain"
+    """Which rows are perturbed."""
     epochs: int | None = Field(None, ge=1)
     """Passes; the training's number unless given."""
 
@@ -211,9 +214,20 @@ def influence(settings: Jackknife, case: Case) -> Made:
 
 
 def regularised(settings: Rcad, case: Case) -> Made:
-    """Fine-tune on the rows that remain, unsure of perturbed ones."""
+    """Fine-tune on the rows that remain as in training, unsure of perturbed ones."""
     asked = actions.Rcad(**settings.model_dump(exclude={"epochs"}))
-    return Made((do(asked, case.model, _for(case, settings.epochs)).arrays,))
+    made = fit(
+        case.task,
+        case.model,
+        case.holding.remain,
+        case.training,
+        epochs=settings.epochs or case.training.local_epochs,
+        rate=training_rate(case.training),
+        purpose=(1, 0),
+        device=case.holding.device,
+        penalty=unsure(asked, case.holding),
+    )
+    return Made((made,))
 
 
 def posterior(settings: MacForget, case: Case) -> Made:

@@ -10,7 +10,7 @@ from client.central.settings import Training, Tuning
 from client.forgetting.interface import Rows
 from client.scratch import scratch_for
 from client.task.protocol import Task
-from client.train import optimizer_for, order_seed, precision, seed_dropout
+from client.train import Penalty, optimizer_for, order_seed, precision, seed_dropout
 from unlearning.amnesiac import concentrated_batches
 from unlearning.errors import MissingNeedError, ParametersError
 from unlearning.masking import replayed_rate
@@ -72,6 +72,7 @@ def fit(
     concentrated: Sequence[int] = (),
     watch: Watch | None = None,
     each: Each | None = None,
+    penalty: Penalty | None = None,
 ) -> dict[str, Tensor]:
     """Return the model after some epochs of ordinary training.
 
@@ -87,6 +88,8 @@ def fit(
         Numbers of rows that lie in the share ``settings.concentration`` of an epoch's batches.
     watch, each
         Who looks at steps, and at epochs.
+    penalty
+        Added to the loss of a batch.
 
     Raises
     ------
@@ -115,8 +118,10 @@ def fit(
                 watched = watch is not None and watch.wants(chosen)
                 before = scratch.state() if watched else {}
                 with precision(settings, device):
-                    outputs = model(inputs.index_select(0, chosen).to(device))
-                    loss = task.loss(outputs, targets.index_select(0, chosen).to(device))
+                    here = inputs.index_select(0, chosen), targets.index_select(0, chosen)
+                    loss = task.loss(model(here[0].to(device)), here[1].to(device))
+                if penalty is not None:
+                    loss = loss + penalty(model, *here)
                 gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
                 for parameter, gradient in zip(trainable, gradients, strict=True):
                     parameter.grad = gradient

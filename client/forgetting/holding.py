@@ -5,7 +5,7 @@ from torch import Tensor
 
 from client.forgetting.interface import Holding, Rows
 from client.scratch import scratch_for
-from client.task.evaluation import forward_of, gather
+from client.task.evaluation import forward_of, gather, learn_of
 from client.task.protocol import Split, Task
 from strategies.messages import LocalTraining
 from unlearning.errors import MissingNeedError, ParametersError
@@ -72,8 +72,9 @@ def holding_with(
     device: torch.device,
 ) -> Holding:
     """Return the same of rows that are apart already."""
-    forward = forward_of(scratch_for(task, device).model, device)
-    return Holding(task, forward, task.loss, forget, remain, test, training, purpose, device)
+    model = scratch_for(task, device).model
+    forward, learn = forward_of(model, device), learn_of(model, device)
+    return Holding(task, forward, learn, task.loss, forget, remain, test, training, purpose, device)
 
 
 def classes_of(model: Parameters, holding: Holding) -> int:

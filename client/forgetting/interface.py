@@ -9,6 +9,7 @@ from torch import Tensor
 from client.task.protocol import Task
 from strategies.messages import LocalTraining
 from unlearning.distillation import Forward, Loss
+from unlearning.gradients import Learn
 from unlearning.parameters import Parameters
 
 Rows = tuple[Tensor, Tensor]
@@ -25,6 +26,8 @@ class Holding:
         Builds the model and defines the loss.
     forward, loss
         The model as a function, in evaluation mode with frozen buffers; and the loss of a batch.
+    learn
+        The same in training mode, which gives the buffers after a batch, too.
     forget, remain
         Rows to forget, and the others that may be trained on; either may be empty.
     test
@@ -39,6 +42,7 @@ class Holding:
 
     task: Task
     forward: Forward
+    learn: Learn
     loss: Loss
     forget: Rows
     remain: Rows

@@ -1,11 +1,16 @@
 """Rounds of training on the rows that remain, each in the manner of a method."""
 
+import torch
+from torch.utils.data import TensorDataset
+
 from client.forgetting.interface import Holding, Outcome
+from client.scratch import scratch_for
+from client.train import Penalty, seed_dropout, train
 from strategies.actions import Noisy, Rapid, Rcad
 from unlearning import noisy_descent, rapid_retraining, rcad
 from unlearning.errors import MissingNeedError
 from unlearning.parameters import Parameters
-from unlearning.randomness import generator
+from unlearning.randomness import derive_seed, generator
 
 
 def check_remaining(holding: Holding) -> None:
@@ -17,7 +22,8 @@ def check_remaining(holding: Holding) -> None:
 def rapid(settings: Rapid, model: Parameters, holding: Holding) -> Outcome:
     """Train with steps scaled by curvature (Rapid Retraining, ``methods`` 2.8).
 
-    What the steps remember begins anew in every round, as an optimizer does.
+    In training mode, as ordinary training is: it may begin with the initial model, whose statistics
+    are of no data. What the steps remember begins anew in every round, as an optimizer does.
 
     Raises
     ------
@@ -25,23 +31,27 @@ def rapid(settings: Rapid, model: Parameters, holding: Holding) -> Outcome:
         If nothing remains to train on.
     """
     check_remaining(holding)
-    made, _ = rapid_retraining.train(
-        model,
-        holding.forward,
-        holding.loss,
-        *holding.remain,
-        epochs=holding.training.local_epochs,
-        batch_size=holding.training.batch_size,
-        generator=generator(holding.training.seed, "rapid", *holding.purpose),
-        settings=rapid_retraining.Settings(
-            learning_rate=settings.rapid_rate,
-            beta1=settings.beta1,
-            beta2=settings.beta2,
-            damping=settings.damping,
-            block=settings.block,
-            fisher=settings.fisher,
-        ),
-    )
+    training = holding.training
+    with torch.random.fork_rng(devices=[]):
+        seed_dropout(holding.device, derive_seed(training.seed, "dropout", *holding.purpose))
+        made, _ = rapid_retraining.train(
+            model,
+            holding.forward,
+            holding.loss,
+            *holding.remain,
+            epochs=training.local_epochs,
+            batch_size=training.batch_size,
+            generator=generator(training.seed, "rapid", *holding.purpose),
+            settings=rapid_retraining.Settings(
+                learning_rate=settings.rapid_rate,
+                beta1=settings.beta1,
+                beta2=settings.beta2,
+                damping=settings.damping,
+                block=settings.block,
+                fisher=settings.fisher,
+            ),
+            learn=holding.learn,
+        )
     return Outcome(made)
 
 
@@ -57,6 +67,9 @@ def noisy_settings(settings: Noisy) -> noisy_descent.Settings:
 
 def noisy(settings: Noisy, model: Parameters, holding: Holding) -> Outcome:
     """Take steps of noisy descent on all rows that remain (``methods`` 2.15).
+
+    In evaluation mode: statistics of a batch would tie its rows together, and running ones, which
+    stay as they came, would tell of rows without any noise.
 
     Raises
     ------
@@ -78,7 +91,9 @@ def noisy(settings: Noisy, model: Parameters, holding: Holding) -> Outcome:
 
 
 def regularised(settings: Rcad, model: Parameters, holding: Holding) -> Outcome:
-    """Train with uncertainty on perturbed rows (RCAD, ``methods`` 2.13).
+    """Train as ever, and be unsure of perturbed rows (RCAD, ``methods`` 2.13).
+
+    At a strength of 0 it is an ordinary round, bit for bit.
 
     Raises
     ------
@@ -86,16 +101,32 @@ def regularised(settings: Rcad, model: Parameters, holding: Holding) -> Outcome:
         If nothing remains to train on.
     """
     check_remaining(holding)
-    made = rcad.train(
-        model,
+    scratch = scratch_for(holding.task, holding.device)
+    scratch.load(model)
+    train(
+        holding.task,
+        scratch.model,
+        TensorDataset(*holding.remain),
+        holding.training,
+        device=holding.device,
+        purpose=holding.purpose,
+        penalty=unsure(settings, holding),
+    )
+    return Outcome(scratch.state())
+
+
+def unsure(settings: Rcad, holding: Holding) -> Penalty | None:
+    """Return RCAD's penalty for training at a holder; ``None`` where there is none."""
+    forgets = settings.source == "forget"
+    if not settings.strength or (forgets and not len(holding.forget[0])):
+        return None
+    value = rcad.penalty(
         holding.forward,
         holding.loss,
-        *holding.remain,
-        epochs=holding.training.local_epochs,
-        learning_rate=holding.training.learning_rate,
-        batch_size=holding.training.batch_size,
-        generator=generator(holding.training.seed, "rcad", *holding.purpose),
         strength=settings.strength,
         radius=settings.radius,
+        forget=holding.forget if forgets else None,
+        most=holding.training.batch_size,
+        generator=generator(holding.training.seed, "rcad", *holding.purpose),
     )
-    return Outcome(made)
+    return lambda model, inputs, targets: value(model.state_dict(keep_vars=True), inputs, targets)

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset
 
 from client.task.protocol import Examples, Task, TaskError, size_of
 from unlearning.distillation import Forward
+from unlearning.gradients import Learn
 from unlearning.parameters import Parameters
 
 EVALUATION_BATCH = 128
@@ -97,6 +98,30 @@ def forward_of(network: nn.Module, device: torch.device) -> Forward:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     return forward
+
+
+def learn_of(network: nn.Module, device: torch.device) -> Learn:
+    """Return the model as a function of its tensors, in training mode.
+
+    Returns
+    -------
+    Learn
+        Model and inputs -> outputs, and the buffers after them; buffers that come in stay as they
+        are. Dropout draws from torch's own generator.
+    """
+    buffers = {name for name, _ in network.named_buffers()}
+
+    def learn(parameters: Parameters, inputs: Tensor) -> tuple[Tensor, Parameters]:
+        if not network.training:
+            network.train()
+        here = {
+            name: tensor.to(device, copy=True) if name in buffers else tensor.to(device)
+            for name, tensor in parameters.items()
+        }
+        outputs = functional_call(network, here, (inputs.to(device),)).cpu()
+        return outputs, {name: here[name].detach().cpu() for name in here if name in buffers}
+
+    return learn
 
 
 def batches(

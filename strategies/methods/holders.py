@@ -5,9 +5,9 @@ much of it as they weigh in an average: ``w + sum_k p_k (w'_k - w)``.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from strategies.actions import (
     Action,
@@ -171,6 +171,10 @@ def check_whole(answer: Answer, joined_in: int | None) -> None:
         )
 
 
+Radius = float | Literal["random", "start"]
+"""Of PGA's ball: a number, or what it is measured by."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ball:
     """Let the leaving client climb its loss near the others' average (UN, PGA; ``methods`` 2.12).
@@ -178,26 +182,37 @@ class Ball:
     Attributes
     ----------
     radius
-        Of the ball; ``None`` for half the distance of that average from the initial model, or from
-        the model that the last round started from where that is unknown.
+        Of the ball; ``random`` for the root of a third of the mean squared distance of that average
+        from freshly initialised models, or ``start`` for half its distance from the initial model.
+    drawn
+        Makes the freshly initialised models that ``random`` needs, one at a time.
     settings
         Of the step, where they differ from its defaults; checked, and all of them afterwards.
     """
 
     name: str = "pga"
-    radius: float | None = None
+    radius: Radius = "random"
+    drawn: Callable[[], Iterable[Parameters]] = tuple
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.radius is not None and not 0 <= self.radius < math.inf:
+        if not isinstance(self.radius, str) and not 0 <= self.radius < math.inf:
             raise SecateurError(f"the radius of a ball must be at least 0, got {self.radius}")
         settings = checked(self.name, Ascend, self.settings, ("radius",), radius=0.0)
         object.__setattr__(self, "settings", settings)
 
     def freeze(
         self, memory: Memory, model: Parameters, clients: Collection[str]
-    ) -> tuple[LastRound, Parameters]:
-        """Keep what the client sent last, and the others' average beside it."""
+    ) -> tuple[LastRound, Parameters, float]:
+        """Keep what the client sent last, the others' average beside it, and the radius.
+
+        Raises
+        ------
+        NoLastRoundError
+            If the client's last model was not remembered.
+        MissingNeedError
+            If there is nothing to measure the radius by.
+        """
         last = memory.last
         if last is None or not set(clients) <= last.locals_.keys():
             raise NoLastRoundError(
@@ -206,17 +221,28 @@ class Ball:
             )
         theirs = last.without(last.locals_.keys() - set(clients))
         kept = {client: copied(sent) for client, sent in theirs.locals_.items()}
-        return LastRound(last.number, copied(last.previous), kept, theirs.weights), copied(model)
+        evidence = LastRound(last.number, copied(last.previous), kept, theirs.weights)
+        return evidence, copied(model), self._radius(memory, model)
+
+    def _radius(self, memory: Memory, reference: Parameters) -> float:
+        match self.radius:
+            case "random":
+                return ascent.random_radius(reference, self.drawn())
+            case "start":
+                if memory.initial is None:
+                    raise MissingNeedError(
+                        f"{self.name} with radius = start needs the initial model, which was not "
+                        "remembered; make a method ready that needs it, such as retrain, or set "
+                        "radius = random"
+                    )
+                return ascent.start_radius(reference, memory.initial)
+        return self.radius
 
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Ask the client once; what it returns is projected again."""
         (client,) = situation.forgotten
-        last, reference = situation.evidence[0]
+        last, reference, radius = situation.evidence[0]
         leaver = last.locals_[client]
-        radius = self.radius
-        if radius is None:
-            start = situation.memory.initial or last.previous
-            radius = ascent.start_radius(reference, start)
         asked = Ascend(**situation.selection.rows(), radius=radius, **self.settings)
         (answer,) = yield Ask(
             Ascend.action,
@@ -230,15 +256,26 @@ class Ball:
         model = ascent.projected_again(answer.arrays, reference, radius)
         told = {"radius": radius, "distance": ascent.distance(model, reference), **self.settings}
         went = {metric: answer.metrics.get(metric, 0) for metric in Ascend.told}
-        unmeasured = self.settings["floor"] > 0 and not went["floor_measured"]
-        warning = (
-            f"floor_not_measured: {client} has no test rows or its task no accuracy, so that no "
-            "floor held the ascent"
-        )
-        warnings = (warning,) if unmeasured else ()
+        warnings = _far(reference, leaver, asked.farthest)
+        if self.settings["floor"] > 0 and not went["floor_measured"]:
+            warnings += (
+                f"floor_not_measured: {client} has no test rows or its task no accuracy, so that "
+                "no floor held the ascent",
+            )
         return Unlearned(model, settings=told, progress=went, warnings=warnings)
 
 
-def climbing(*, radius: float | None = None, **settings: Any) -> Ball:
+def climbing(*, radius: Radius = "random", **settings: Any) -> Ball:
     """Return ascent in a ball (``methods`` 2.12)."""
     return Ball(radius=radius, settings=settings)
+
+
+def _far(reference: Parameters, leaver: Parameters, farthest: float) -> tuple[str, ...]:
+    """Return a warning where an ascent is as far from the client's model as it is to go."""
+    apart = ascent.distance(reference, leaver)
+    if apart <= farthest:
+        return ()
+    return (
+        f"far_at_first: the others' average is {apart:.3g} from the leaving client's model, and an "
+        f"ascent ends farther than {farthest:g} from it: after its first step; set farthest higher",
+    )

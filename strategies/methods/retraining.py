@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strategies import messages
-from strategies.actions import Action, Noisy, Rapid, Rcad, checked
+from strategies.actions import Action, Noisy, Rapid, Rcad, Selection, checked
 from strategies.memory import Memory
 from strategies.methods.interface import Situation, Unlearned, done
 from unlearning import retraining
@@ -23,6 +23,10 @@ def check_share(name: str, share: float) -> None:
     """Raise ``SecateurError`` unless a share of rounds is one that can be played."""
     if not 0 < share < math.inf:
         raise SecateurError(f"the share of rounds that {name} plays must be over 0, got {share}")
+
+
+NO_SOURCE = "no_source: nobody who stays holds what is forgotten, so no rows were perturbed"
+ONE_SOURCE = "one_source: only rows of the first of several requests were perturbed"
 
 
 class ReplayError(RefusedRequestError):
@@ -170,11 +174,23 @@ class GoOn:
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Play rounds among those who stay."""
         rounds = math.ceil(self.share * situation.number)
+        step, warned = self._about(situation)
         model, warnings = yield from trained(
-            situation, situation.model, situation.number, rounds, self.step
+            situation, situation.model, situation.number, rounds, step
         )
-        told = {"rounds": rounds, **self.step.config()}
-        return Unlearned(model, settings=told, warnings=warnings)
+        untold = Selection(forget="none").config()
+        own = {key: value for key, value in self.step.config().items() if key not in untold}
+        return Unlearned(model, settings={"rounds": rounds, **own}, warnings=warned + warnings)
+
+    def _about(self, situation: Situation) -> tuple[Action, tuple[str, ...]]:
+        """Return the step, told what is forgotten if it looks at that, and what to be warned of."""
+        if not isinstance(self.step, Rcad) or self.step.source == "remain":
+            return self.step, ()
+        asked = [entry.selection for entry in situation.pending if entry.selection is not None]
+        if not asked:
+            return self.step, (NO_SOURCE,)
+        step = self.step.model_copy(update=asked[0].rows())
+        return step, (ONE_SOURCE,) if len(asked) > 1 else ()
 
 
 def noisy(share: float = 0.2, **settings: Any) -> GoOn:

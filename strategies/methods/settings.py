@@ -11,7 +11,7 @@ client's step are the step's own (``strategies.actions``).
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -135,8 +135,8 @@ class Strength(Keys):
 class Radius(Keys):
     """PGA's ball (2.12)."""
 
-    radius: float | None = Field(None, ge=0)
-    """Half the others' distance from the initial model unless given."""
+    radius: Annotated[float, Field(ge=0)] | Literal["random", "start"] = "random"
+    """A number; or by the others' distance from freshly initialised models, or from the start."""
 
 
 class Rounds(Keys):
@@ -202,7 +202,7 @@ def _pruning(network: Network, given: Given) -> Method:
 
 def _ball(network: Network, given: Given) -> Method:
     step = {name: value for name, value in given.items() if name != "radius"}
-    return Ball(radius=given.get("radius"), settings=step)
+    return Ball(radius=given.get("radius", "random"), settings=step)
 
 
 CONFIGURABLE: dict[str, Configurable] = {

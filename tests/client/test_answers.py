@@ -18,7 +18,16 @@ from client.task.protocol import Split, TaskOptions, load_task
 from server.federation import initial_model
 from simulation.engines.inprocess import InProcessGrid
 from strategies import messages
-from strategies.actions import Ascend, Ascent, MacForget, Selection, Statistics, joined, parted
+from strategies.actions import (
+    Ascend,
+    Ascent,
+    MacForget,
+    Rcad,
+    Selection,
+    Statistics,
+    joined,
+    parted,
+)
 from strategies.exchange import Reply
 from strategies.screen import Screen
 from unlearning.fisher import fisher_statistics
@@ -27,7 +36,7 @@ CLIENTS = 3
 REQUIRED = {"radius": 0.5, "kind": "fisher", "forget": "class"}
 """Settings that have no default."""
 TRAINS = [kind for kind in STEPS if kind.action.startswith("train.")]
-SELECTS = [kind for kind in TRAINS if issubclass(kind, Selection)]
+SELECTS = [kind for kind in TRAINS if issubclass(kind, Selection) and not kind.trains]
 IDLE = (MacForget,)
 """Stops at once here: an untrained model is as unsure of these rows as of any others."""
 QUERIES = [kind for kind in STEPS if kind.action.startswith("query.")]
@@ -149,6 +158,22 @@ def test_every_step_is_answered_with_a_model(kind, data, model, tmp_path):
     checked = Screen().check([Reply("client-0000", 1, reply)], made.model)
     assert not checked.rejected
     assert same(read(made.ask(settings_of(kind)))[0], found)  # the same seed, the same bits
+
+
+def test_a_round_of_rcad_is_on_the_rows_that_remain_also_around_those_to_forget(tmp_path):
+    made, mine = Federation(tmp_path), {"forget": "class", "forget_class": 3}
+    left = int((made.rows()[1] != 3).sum())
+    around, without, plain = (
+        read(made.ask(Rcad(**mine, **more)))
+        for more in ({"source": "forget"}, {}, {"strength": 0.0})
+    )
+    assert around[1:] == without[1:] == plain[1:] == ({}, left)
+    assert not same(around[0], without[0])
+    assert not same(around[0], plain[0])
+    nothing = {"forget": "samples", "forget_tokens": "0" * 32, "source": "forget"}
+    every, metrics, weight = read(made.ask(Rcad(**nothing)))
+    assert (metrics, weight) == ({}, len(made.rows()[1]))
+    assert same(every, read(made.ask(Rcad(strength=0.0)))[0])
 
 
 @kinds_of_data

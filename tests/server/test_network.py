@@ -25,6 +25,7 @@ from strategies.methods.masks import MASKS
 from strategies.methods.settings import MethodSettingsError
 from strategies.recovery import VALIDATION
 from tests.client.forgetting.small import Regression, Small
+from unlearning.ascent import DRAWN
 from unlearning.catalogue import Need
 from unlearning.channel_masks import Convolution
 
@@ -133,6 +134,24 @@ def test_without_the_task_no_method_knows_channels():
     settings, task = digits("cnn")
     assert build_methods(settings, initial_model(task, 0))["tfidf"].network == Network()
     assert not build_federation(settings, initial_model(task, 0)).forgetting.offers
+
+
+# ---------------------------------------------------------------- freshly initialised models
+def test_pga_measures_by_ten_models_that_are_neither_round_0s_nor_each_others():
+    settings, task = digits("mlp")
+    start = initial_model(task, settings.seed)
+    ball = build_federation(settings, start, task).forgetting.methods["pga"]
+    drawn = list(ball.drawn())
+    assert len(drawn) == DRAWN == 10
+    found = [state_of(start), *drawn]
+    heads = {tuple(model["1.1.weight"].flatten().tolist()) for model in found}
+    assert len(heads) == len(found)
+    for model, again in zip(drawn, ball.drawn(), strict=True):  # the seed's, as often as asked
+        assert all(torch.equal(model[name], again[name]) for name in model)
+    other = build_federation(settings.model_copy(update={"seed": 1}), start, task)
+    first = next(iter(other.forgetting.methods["pga"].drawn()))
+    assert not torch.equal(first["1.1.weight"], drawn[0]["1.1.weight"])
+    assert not list(build_methods(settings, start)["pga"].drawn())
 
 
 # ---------------------------------------------------------------- recovery without a class

@@ -127,6 +127,22 @@ def test_the_federation_hears_tokens_alone_and_the_client_knows_what_they_stand_
     assert keeping.Keeping(tmp_path / "2").select(named, examples) == []
 
 
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (EARLY, (True, True)),
+        ({**EARLY, "cooperates": False, "drops": True}, (False, True)),
+        ({"round": 2, "target": "client", "clients": [1]}, (False, False)),
+        ({"round": 2, "target": "client", "clients": [1], "cooperates": True}, (True, True)),
+    ],
+)
+def test_who_answers_and_who_drops_is_as_the_scenario_says_or_as_usual(request_, expected):
+    scenario = parse_scenario({**MINIMAL, "requests": [request_]}, {})
+    options = scenario.settings.task_options()
+    request = request_of(scenario.requests[0], (), load_task(options), options, 5)
+    assert (request.target_cooperates, request.target_drops) == expected
+
+
 # ---------------------------------------------------------------- what is measured
 def test_the_forget_set_of_a_class_is_its_test_examples_and_validation_goes_without_it():
     options = scenario_of(EARLY).settings.task_options()

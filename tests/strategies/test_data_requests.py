@@ -15,7 +15,7 @@ from strategies.forgetting import needs_of
 from strategies.loop import run_rounds
 from strategies.memory import Memory
 from strategies.methods.catalogue import MAKE
-from strategies.methods.holders import ascending
+from strategies.methods.holders import Ball, ascending
 from strategies.methods.masks import Mask
 from strategies.methods.retraining import noisy, rapid, rcad
 from strategies.records import Phase
@@ -456,7 +456,7 @@ def test_one_holder_among_many_is_heard(name):
 def test_a_leaver_that_refuses_to_help_is_still_forgotten_later():
     clients = Clients()
     clients.refuse["train.ascend"] = {4}
-    wrapped = made(MAKE["pga"]())
+    wrapped = made(Ball(radius=0.5))
     _, models = play(wrapped, clients.grid, 3)
     wrapped.request(Request(Target.CLIENT, (client(4),), "privacy", guarantee="approximate",
                             method="pga", target_cooperates=True))  # fmt: skip

@@ -167,7 +167,7 @@ def test_how_far_holders_got_is_in_the_record_and_that_none_moved_is_warned_of(m
 
 @pytest.mark.parametrize(("floor", "measured", "warned"), [(0.1, 0, 1), (0.1, 1, 0), (0.0, 0, 0)])
 def test_a_floor_that_nobody_could_measure_is_warned_of(floor, measured, warned):
-    made = Ball(radius=0.25, settings={"floor": floor})
+    made = Ball(radius=0.25, settings={"floor": floor, "farthest": 1e3})
 
     def reply(who, question):
         told = {"rows": 3, "steps": 4, "stopped": 0, "floor_measured": measured}
@@ -275,13 +275,20 @@ def leaving(made, remembered, start):
     )
 
 
-def test_a_ball_is_half_as_wide_as_the_way_from_the_start_and_liars_end_on_its_surface():
+FROM_START = Ball(radius="start", settings={"epochs": 3, "farthest": 1e3})
+
+
+def inside(who, question, **metrics):
+    return Answer(who, parted(question.arrays)["reference"], metrics, 1)
+
+
+def test_a_ball_from_the_start_and_liars_end_on_its_surface():
     # w_ref = 1 and w_0 = 0 in all of n entries: radius sqrt(n) / 2. What is far outside, 1e6 in
     # every entry, is pulled back to 1 + 1/2 in every entry; what is inside stays.
     remembered = memory(model(0.8), model(3.0))
     for sent, expected in ((1e6, 1.5), (-1e6, 0.5), (1.25, 1.25)):
         found, (asked,) = run(
-            Ball(settings={"epochs": 3}).plan(leaving(Ball(), remembered, model())),
+            FROM_START.plan(leaving(FROM_START, remembered, model())),
             lambda who, question, sent=sent: Answer(
                 who, model(sent) | {"norm.num_batches_tracked": torch.tensor(99)}, {}, 1
             ),
@@ -292,7 +299,8 @@ def test_a_ball_is_half_as_wide_as_the_way_from_the_start_and_liars_end_on_its_s
         distance = abs(expected - 1) * math.sqrt(ENTRIES)
         assert found.settings["distance"] == pytest.approx(distance, abs=1e-3)
     told = Ascend.model_validate(dict(asked.config))
-    assert told == Ascend(forget="all", radius=found.settings["radius"], epochs=3)
+    radius = found.settings["radius"]
+    assert told == Ascend(forget="all", radius=radius, epochs=3, farthest=1e3)
     assert (asked.to, asked.everybody) == ((client(1),), True)
     sent = parted(asked.arrays)
     assert sent.keys() == {"reference", "leaver"}
@@ -300,18 +308,43 @@ def test_a_ball_is_half_as_wide_as_the_way_from_the_start_and_liars_end_on_its_s
     assert asked.expects.keys() == model().keys()
 
 
-def test_a_radius_of_ones_own_and_one_from_the_last_round():
-    def inside(who, question):
-        return Answer(who, parted(question.arrays)["reference"], {}, 1)
+def test_the_radius_is_measured_by_freshly_initialised_models():
+    # w_ref = 1, drawn models 2 and 4 in all of n entries: sqrt(1/3 (n + 9 n) / 2).
+    made = Ball(drawn=lambda: iter([model(2.0), model(4.0)]))
+    found, (asked,) = run(made.plan(leaving(made, memory(model(), model(3.0)), model())), inside)
+    assert found.settings["radius"] == pytest.approx(math.sqrt(5 * ENTRIES / 3))
+    assert asked.config["radius"] == found.settings["radius"]
 
-    found, _ = run(
-        Ball(radius=0.25).plan(leaving(Ball(), memory(model(), model(3.0)), model())), inside
-    )
-    assert {"radius": 0.25, "distance": 0}.items() <= found.settings.items()
+
+def test_a_radius_that_nothing_tells_is_refused_and_one_of_ones_own_is_taken():
+    with pytest.raises(MissingNeedError, match="there are none; give some, or a radius"):
+        leaving(Ball(), memory(model(), model(3.0)), model())
     unknown = memory(model(), model(3.0))
-    unknown.initial = None  # then from where the last round started: 1 - 0.5
-    found, _ = run(Ball().plan(leaving(Ball(), unknown, model())), inside)
-    assert found.settings["radius"] == pytest.approx(0.5 * math.sqrt(ENTRIES) / 2)
+    unknown.initial = None  # half of the last round's step would be no ball to forget in
+    with pytest.raises(MissingNeedError, match="radius = start needs the initial model"):
+        leaving(FROM_START, unknown, model())
+    own = Ball(radius=0.25)
+    found, _ = run(own.plan(leaving(own, unknown, model())), inside)
+    assert {"radius": 0.25, "distance": 0}.items() <= found.settings.items()
+
+
+@pytest.mark.parametrize(("farthest", "warned"), [(1.9, True), (2.1, False)])
+def test_a_start_that_is_too_far_to_climb_from_is_warned_of(farthest, warned):
+    # Models 1 and 1 + 2 / sqrt(n) in all of n entries are 2 apart.
+    apart = model(1 + 2 / math.sqrt(ENTRIES))
+    made = Ball(radius=0.25, settings={"farthest": farthest, "floor": 0.0})
+    found, _ = run(made.plan(leaving(made, memory(model(), apart), model())), inside)
+    told = f"far_at_first: the others' average is 2 from .* farther than {farthest} from it"
+    assert bool(found.warnings) == warned
+    assert all(re.match(told, warning) for warning in found.warnings)
+
+
+def test_how_the_ascent_went_is_told_as_far_as_the_client_says():
+    made = Ball(radius=0.25)
+    pending = leaving(made, memory(model(), model(3.0)), model())
+    found, _ = run(made.plan(pending), lambda w, q: inside(w, q, steps=7, stopped=1, rows=9))
+    assert {"radius": 0.25, "distance": 0}.items() <= found.settings.items()
+    assert found.progress == {"steps": 7, "distance": 0, "stopped": 1, "floor_measured": 0}
 
 
 @pytest.mark.parametrize(
@@ -375,13 +408,14 @@ def test_settings_are_told_in_their_types_and_all_of_them():
 def test_what_pga_froze_is_a_copy_without_what_others_sent():
     sent, start = model(3.0), model()
     remembered = memory(model(), sent)
-    last, reference = Ball().freeze(remembered, start, [client(1)])
+    last, reference, radius = FROM_START.freeze(remembered, start, [client(1)])
     assert last.locals_.keys() == last.weights.keys() == {client(1)}
     for live in (start, *(remembered.last.locals_.values()), remembered.last.previous):
         for tensor in trained(live).values():
             tensor.fill_(7.0)
     assert (value(reference), value(last.locals_[client(1)])) == (1, 3)
     assert value(last.previous) == 0.5
+    assert radius == pytest.approx(math.sqrt(ENTRIES) / 2)
 
 
 def test_pga_needs_the_last_round_of_who_leaves():
@@ -477,7 +511,29 @@ def test_rounds_of_a_step_carry_its_settings(name):
         assert told == [(n, 2.0 * (n - 1), 3) for n in numbers]
     else:
         assert told == []
-        assert step(**own).config().items() <= found.settings.items()
+        assert {kebab(n): v for n, v in own.items()}.items() <= found.settings.items()
+        assert not found.settings.keys() & set(TOKENS.config())
+
+
+def kebab(name):
+    return name.replace("_", "-")
+
+
+@pytest.mark.parametrize(
+    ("pending", "told", "warning"),
+    [
+        ([waiting((0,), TOKENS)], TOKENS, None),
+        ([waiting((0,), TOKENS), waiting((1,), CLASS)], TOKENS, "one_source"),
+        ([waiting((3,), None)], Selection(forget="none"), "no_source"),
+    ],
+)
+def test_rcad_may_perturb_what_is_forgotten_and_says_whose(pending, told, warning):
+    found, asked = run(rcad(source="forget").plan(situation(*pending)), stepping)
+    assert all(told.config().items() <= dict(question.config).items() for question in asked)
+    assert asked[0].config["source"] == found.settings["source"] == "forget"
+    assert [text.split(":")[0] for text in found.warnings] == ([warning] if warning else [])
+    _, usual = run(rcad().plan(situation(*pending)), stepping)
+    assert usual[0].config["forget"] == "none"
 
 
 def test_shares_of_rounds_are_rounded_up_and_a_step_is_no_plain_training():

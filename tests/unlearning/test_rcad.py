@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from unlearning import rcad
-from unlearning.distillation import fine_tune
 from unlearning.errors import MissingNeedError, ParametersError
 from unlearning.randomness import generator
 
@@ -19,7 +18,6 @@ NETWORK = torch.nn.Sequential(
 ).eval()  # fmt: skip
 INPUTS = torch.randn(9, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(9) % 3
-MANY = {"epochs": 2, "learning_rate": 0.1, "batch_size": 4}
 cross_entropy = functional.cross_entropy
 
 
@@ -41,13 +39,6 @@ def drawn(seed, scale=1.0):
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def train(model, seed=0, **more):
-    return rcad.train(
-        model, network, cross_entropy, INPUTS, LABELS,
-        **{**MANY, "generator": generator(seed), **more},
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- perturbation
@@ -108,46 +99,38 @@ def test_confidence_by_hand():
     assert float(rcad.confidence(logits)) == pytest.approx(0.192745, abs=1e-6)
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- the penalty
 
 
-def test_the_objective_is_both_terms():
+def test_the_penalty_is_confidence_around_the_batch():
     model = drawn(1)
-    aim = rcad.objective(network, cross_entropy, strength=0.7, radius=0.5)
+    before, inputs = {**model}, INPUTS.clone()
+    aim = rcad.penalty(network, cross_entropy, strength=0.7, radius=0.5)
     near = rcad.perturbed(model, network, cross_entropy, INPUTS, LABELS, 0.5)
-    expected = cross_entropy(network(model, INPUTS), LABELS)
-    expected = expected + 0.7 * rcad.confidence(network(model, near))
+    expected = 0.7 * rcad.confidence(network(model, near))
     torch.testing.assert_close(aim(model, INPUTS, LABELS), expected)
+    assert float(rcad.penalty(network, cross_entropy, strength=0.0)(model, INPUTS, LABELS)) == 0
+    assert same(model, before)
+    assert torch.equal(INPUTS, inputs)
+    assert (rcad.STRENGTH, rcad.RADIUS) == (0.2, 1.0)
 
 
-def test_no_strength_is_fine_tuning_bit_for_bit():
-    expected = fine_tune(
-        drawn(0), network, cross_entropy, INPUTS, LABELS, generator=generator(0), **MANY
-    )
-    assert same(train(drawn(0), strength=0.0), expected)
-    assert same(train(drawn(0), strength=0.0, forget=(INPUTS, LABELS)), expected)
-    assert not same(train(drawn(0)), expected)
-
-
-def test_it_lowers_confidence_along_the_perturbation():
-    def near(model):
-        rows = rcad.perturbed(model, network, cross_entropy, INPUTS, LABELS)
-        return float(rcad.confidence(network(model, rows)))
-
-    without, with_ = (train(drawn(0), epochs=20, strength=s) for s in (0.0, 2.0))
-    assert near(with_) < near(without)
+def test_a_step_down_lowers_confidence_along_the_perturbation():
+    leaves = {n: t.requires_grad_() for n, t in drawn(0).items() if n in ("4.weight", "4.bias")}
+    model, aim = {**drawn(0), **leaves}, rcad.penalty(network, cross_entropy)
+    slope = torch.autograd.grad(aim(model, INPUTS, LABELS), list(leaves.values()))
+    moved = {n: (t - 0.1 * g).detach() for (n, t), g in zip(leaves.items(), slope, strict=True)}
+    assert aim({**model, **moved}, INPUTS, LABELS) < aim(model, INPUTS, LABELS)
 
 
 def test_rows_to_forget_may_be_perturbed_instead():
     others = (INPUTS[:2] + 5, LABELS[:2])
     model = drawn(1)
-    aim = rcad.objective(network, cross_entropy, forget=others, generator=generator(0))
+    aim = rcad.penalty(network, cross_entropy, forget=others, generator=generator(0))
     near = rcad.perturbed(model, network, cross_entropy, *others)
-    expected = cross_entropy(network(model, INPUTS), LABELS)
-    expected = expected + 0.2 * rcad.confidence(network(model, near))
-    torch.testing.assert_close(aim(model, INPUTS, LABELS), expected)
-    assert same(train(model, forget=others), train(model, forget=others))
-    assert not same(train(model, forget=others), train(model))
+    torch.testing.assert_close(
+        aim(model, INPUTS, LABELS), 0.2 * rcad.confidence(network(model, near))
+    )
 
 
 def test_no_more_rows_are_drawn_than_a_batch_has():
@@ -157,43 +140,26 @@ def test_no_more_rows_are_drawn_than_a_batch_has():
         seen.append(len(rows))
         return network(model, rows)
 
-    aim = rcad.objective(
+    aim = rcad.penalty(
         forward, cross_entropy, forget=(INPUTS, LABELS), most=4, generator=generator(0)
     )
     aim(drawn(0), INPUTS[:3], LABELS[:3])
     aim(drawn(0), INPUTS, LABELS)
-    # The plain pass, the one for the perturbation, and the perturbed one.
-    assert seen == [3, 3, 3, 9, 4, 4]
-
-
-def test_inputs_and_statistics_are_left_alone_and_a_seed_fixes_all():
-    model, before = drawn(0), INPUTS.clone()
-    found = train(model)
-    assert same(model, drawn(0))
-    assert torch.equal(INPUTS, before)
-    assert same(found, train(drawn(0)))
-    assert not same(found, train(drawn(0), seed=1))
-    for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
-        assert torch.equal(found[name], model[name])
-    assert (rcad.STRENGTH, rcad.RADIUS) == (0.2, 1.0)
+    # The pass for the perturbation, and the perturbed one.
+    assert seen == [3, 3, 4, 4]
 
 
 def test_what_makes_no_sense_is_refused():
     for wrong in ({"strength": -0.1}, {"strength": math.nan}, {"radius": -1.0}):
         with pytest.raises(ParametersError, match="at least 0"):
-            train(drawn(0), **wrong)
+            rcad.penalty(network, cross_entropy, **wrong)(drawn(0), INPUTS, LABELS)
     with pytest.raises(MissingNeedError, match="real numbers"):
         rcad.perturbed(drawn(0), network, cross_entropy, LABELS, LABELS)
     with pytest.raises(MissingNeedError, match="at least one"):
-        train(drawn(0), forget=(INPUTS[:0], LABELS[:0]))
-    with pytest.raises(MissingNeedError, match="a generator"):
-        rcad.objective(network, cross_entropy, forget=(INPUTS, LABELS))
-    with pytest.raises(ParametersError, match="cannot go with"):
-        rcad.train(
-            drawn(0), network, cross_entropy, INPUTS, LABELS[:2], generator=generator(0), **MANY
+        rcad.penalty(
+            network, cross_entropy, forget=(INPUTS[:0], LABELS[:0]), generator=generator(0)
         )
-    with pytest.raises(MissingNeedError, match="at least one row"):
-        rcad.train(
-            drawn(0), network, cross_entropy, INPUTS[:0], LABELS[:0],
-            generator=generator(0), **MANY,
-        )  # fmt: skip
+    with pytest.raises(MissingNeedError, match="a generator"):
+        rcad.penalty(network, cross_entropy, forget=(INPUTS, LABELS))
+    with pytest.raises(ParametersError, match="cannot go with"):
+        rcad.penalty(network, cross_entropy)(drawn(0), INPUTS, LABELS[:2])

@@ -58,6 +58,23 @@ def ran(name, ready, tune=0, **settings):
     return forgotten(*ready, method, method.settings(**settings), Tuning(epochs=tune))
 
 
+def test_rcad_without_strength_is_fine_tuning_as_in_training_bit_for_bit():
+    training = TRAINING.model_copy(
+        update={"momentum": 0.9, "weight_decay": 0.01, "learning_rate_milestones": "2,3"}
+    )
+    ready = prepared(OPTIONS, training, Target(0))
+    (expected,) = ran("finetune", ready, tune=4).models
+    made = {
+        (source, strength): ran("rcad", ready, source=source, strength=strength).models[0]
+        for source in ("remain", "forget")
+        for strength in (0, 0.5)
+    }
+    assert same(made["remain", 0], expected)
+    assert same(made["forget", 0], expected)
+    assert not same(made["remain", 0.5], expected)
+    assert not same(made["forget", 0.5], made["remain", 0.5])
+
+
 # ---------------------------------------------------------------- training
 
 
