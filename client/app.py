@@ -36,7 +36,7 @@ from strategies.actions import Action, Amnesiac, Batches, Forget, Selection
 from unlearning.errors import RefusedRequestError
 
 LOG = "batches"
-"""Folder of the batch log in the client's own."""
+"""Folder of the batch logs in the client's own."""
 MakeJob = Callable[[Message, Context, TaskOptions], Job]
 """Says what one client does with a ``train`` message."""
 
@@ -224,7 +224,7 @@ def log_of(
 def end_log(context: Context, own: TaskOptions) -> None:
     """Give up this client's batch log where it trains, and steps are not logged."""
     if (keeping := keeping_of(own, context)) is not None:
-        BatchLog(keeping.folder / LOG).end()
+        BatchLog(keeping.folder / LOG, run=str(context.run_id)).end()
 
 
 def evaluate_reply(message: Message, context: Context, options: TaskOptions) -> Message:

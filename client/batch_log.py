@@ -1,7 +1,7 @@
 """The batch log on a client's disk: what each batch changed, and which rows it held.
 
 For amnesiac unlearning (``unlearning.amnesiac``; ``methods`` 6.1, 6.2, 6.6). Rows are known by
-content (``client.rows``). A folder holds
+content (``client.rows``). Every run of a federation has a folder of its own, which holds
 
 - ``index.json``: the rounds logged, how, the client's share in each, and what was removed;
 - ``rows-HASH.safetensors``: contents of a round's rows, uint8, shape (n, 32); rounds share them;
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from client import batch_files as files
 from client.batch_files import BatchLogError, File, Kind, Precision, Way
 from client.rows import content_hashes
-from client.storage import Record, locked, read_record, write_record
+from client.storage import KeepingError, Record, locked, read_record, write_record
 from client.train import Job, Observe
 from strategies.archive import SUFFIX
 from unlearning.amnesiac import LoggedUpdate, Removed, contribution, update_of
@@ -43,7 +43,6 @@ class Round(Record):
     """One round of the log."""
 
     number: int
-    run: str
     way: Way
     shapes: dict[str, list[int]]
     """Of the trained tensors, in the model's order."""
@@ -89,21 +88,24 @@ class TakenBack:
 
 @dataclass(frozen=True)
 class BatchLog:
-    """One client's log.
+    """One client's log of one run.
 
     Attributes
     ----------
     folder
-        Its own; made when something is logged.
+        Of the client's logs; made when something is logged.
     kind
         What is stored of an update: all but what is dropped at ``random``, or all but the smallest
         by ``magnitude`` in each tensor or the ``global`` ones; or it in ``full``.
     precision
         Of what is stored.
     limit
-        Bytes of updates; 0 for no limit. To stay within it, the oldest rounds' are dropped.
+        Bytes of updates, and of all that other runs' logs take; 0 for no limit. To stay within it,
+        logs of other runs are given up, those first that nothing was written to for longest, then
+        this one's oldest rounds.
     run
-        The federation's run. Updates of another one are of another model, and are dropped.
+        The federation's run, whose log has a folder of its own: updates of another one are of
+        another model. Empty for ``folder`` itself.
     first, last
         Shares of entries dropped, at both ends of the model's depth.
     """
@@ -116,6 +118,11 @@ class BatchLog:
     first: float = MANY
     last: float = FEW
 
+    @property
+    def home(self) -> Path:
+        """Return the folder of this run's log."""
+        return self.folder / self.run
+
     def told(self, share: float, before: int | None = None) -> None:
         """Keep the client's share in the newest round logged, or the newest before a round.
 
@@ -126,9 +133,9 @@ class BatchLog:
         """
         if not 0 <= share <= 1:
             raise BatchLogError(f"a client's share must lie in [0, 1], the server says {share}")
-        if not (self.folder / INDEX).exists():
+        if not (self.home / INDEX).exists():
             return
-        with locked(self.folder):
+        with locked(self.home):
             index = self._index()
             there = [r for r in index.rounds if before is None or r.number < before]
             if there and there[-1].share is None:
@@ -138,9 +145,9 @@ class BatchLog:
 
     def end(self) -> None:
         """Give up all updates, where a client trains on without logging: rounds will be missing."""
-        if not (self.folder / INDEX).exists():
+        if not (self.home / INDEX).exists():
             return
-        with locked(self.folder):
+        with locked(self.home):
             index = self._index()
             if not all(entry.dropped for entry in index.rounds):
                 self._write([entry.emptied() for entry in index.rounds], set(index.removed))
@@ -153,7 +160,7 @@ class BatchLog:
         it has left; they are replaced.
         """
         number, client = job.purpose
-        with locked(self.folder):
+        with locked(self.home):
             index = self._begun(number)
             way = Way(
                 kind=self.kind, precision=self.precision, first=self.first, last=self.last,
@@ -206,7 +213,7 @@ class BatchLog:
         with self._opened(left) as (index, _, _, holding):
             for entry in holding:
                 for part in entry.parts:
-                    files.load(self.folder, part)
+                    files.load(self.home, part)
         return len(left), index.rounds[0].number
 
     @contextlib.contextmanager
@@ -214,9 +221,9 @@ class BatchLog:
         self, samples: frozenset[str]
     ) -> Iterator[tuple[Index, frozenset[str], dict[File, list[str]], list[Round]]]:
         """Give the index, samples not removed before, every round's rows, and rounds with them."""
-        if not (self.folder / INDEX).exists():
+        if not (self.home / INDEX).exists():
             raise BatchLogError(NOT_LOGGED)
-        with locked(self.folder):
+        with locked(self.home):
             index = self._index()
             if not index.rounds:
                 raise BatchLogError(NOT_LOGGED)
@@ -224,41 +231,53 @@ class BatchLog:
             if samples and not wanted:
                 raise RefusedRequestError("already removed: all rows of this request")
             lists = {entry.rows for entry in index.rounds}
-            rows = {file: files.load_rows(self.folder, file) for file in lists}
+            rows = {file: files.load_rows(self.home, file) for file in lists}
             holding = [entry for entry in index.rounds if not wanted.isdisjoint(rows[entry.rows])]
             self._check(holding)
             yield index, wanted, rows, holding
 
     # ------------------------------------------------------------ the index
     def _index(self) -> Index:
-        return read_record(self.folder / INDEX, Index) or Index()
+        return read_record(self.home / INDEX, Index) or Index()
 
     def _begun(self, number: int) -> Index:
         """Return the index as a round finds it."""
         index = self._index()
-        rounds = [
-            entry if entry.run == self.run else entry.emptied()
-            for entry in index.rounds
-            if entry.number < number
-        ]
+        rounds = [entry for entry in index.rounds if entry.number < number]
         return self._write(rounds, set(index.removed))
 
     def _write(self, rounds: Sequence[Round], removed: set[str]) -> Index:
         """Write the index, and delete every file that is not in it."""
         index = Index(rounds=list(rounds), removed=sorted(removed))
-        write_record(self.folder / INDEX, index)
+        write_record(self.home / INDEX, index)
         named = {file.name for entry in rounds for file in (entry.rows, *entry.parts)}
-        for path in self.folder.glob(f"*{SUFFIX}"):
+        for path in self.home.glob(f"*{SUFFIX}"):
             if path.name not in named:
                 path.unlink(missing_ok=True)
         return index
+
+    def _others(self, room: int) -> int:
+        """Return the bytes of other runs' logs, after as many were given up as ``room`` asks for.
+
+        A log that is being written to is left alone.
+        """
+        folders = [p.parent for p in self.folder.glob(f"*/{INDEX}") if p.parent != self.home]
+        held = {folder: files.bytes_in(folder) for folder in sorted(folders, key=_written)}
+        for folder in held:
+            if sum(held.values()) > room:
+                with contextlib.suppress(KeepingError), locked(folder, patience_s=0):
+                    log.warning("batch log full: the log of run %s is dropped", folder.name)
+                    for path in (folder / INDEX, *folder.glob(f"*{SUFFIX}")):
+                        path.unlink(missing_ok=True)
+                    held[folder] = 0
+        return sum(held.values())
 
     def _check(self, holding: list[Round]) -> None:
         gone = [entry.number for entry in holding if entry.dropped]
         if gone:
             raise BatchLogError(
                 f"batches of {_rounds(gone)} are needed and no longer there: the log was full or "
-                "off, or the run another; ask for another method"
+                "off; ask for another method"
             )
         unknown = [entry.number for entry in holding if entry.share is None]
         if unknown:
@@ -273,7 +292,7 @@ class BatchLog:
     ) -> Iterator[LoggedUpdate]:
         for entry in rounds:
             for part in entry.parts:
-                stored = files.load(self.folder, part)
+                stored = files.load(self.home, part)
                 for when in files.batches_in(stored, entry.number):
                     places = stored[files.key(when, files.ROWS)].tolist()
                     held = frozenset(rows[entry.rows][place] for place in places)
@@ -285,14 +304,14 @@ class BatchLog:
         """Return a round whose files hold nothing of batches that were removed."""
         parts = []
         for place, part in enumerate(entry.parts):
-            stored = files.load(self.folder, part)
+            stored = files.load(self.home, part)
             batches = files.batches_in(stored, entry.number)
             left = tuple(files.key(when, "") for when in batches if when not in removed.batches)
             if len(left) == len(batches):
                 parts.append(part)
             elif left:
                 kept = {name: stored[name] for name in stored if name.startswith(left)}
-                parts.append(files.save(self.folder, _stem(entry.number, place), kept))
+                parts.append(files.save(self.home, _stem(entry.number, place), kept))
         return entry.model_copy(update={"parts": parts})
 
 
@@ -329,10 +348,9 @@ class _Recorder:
         self._flush()
         entry = Round(
             number=self._number,
-            run=self._log.run,
             way=self._way,
             shapes=self._shapes,
-            rows=files.save_rows(self._log.folder, hashes),
+            rows=files.save_rows(self._log.home, hashes),
             parts=self._parts,
         )
         # Rows that are trained on again are not removed any more.
@@ -343,7 +361,7 @@ class _Recorder:
     def _flush(self) -> None:
         if self._buffer:
             stem = _stem(self._number, len(self._parts))
-            self._parts.append(files.save(self._log.folder, stem, self._buffer))
+            self._parts.append(files.save(self._log.home, stem, self._buffer))
             self._buffer, self._size = {}, 0
             self._make_room()
 
@@ -351,6 +369,8 @@ class _Recorder:
         limit, rounds = self._log.limit, list(self._index.rounds)
         own = sum(part.size for part in self._parts)
         held = own + sum(part.size for entry in rounds for part in entry.parts)
+        if limit:
+            held += self._log._others(limit - held)
         for place, entry in enumerate(rounds):
             if limit and held > limit and entry.parts:
                 log.warning("batch log full: updates of round %d are dropped", entry.number)
@@ -361,12 +381,20 @@ class _Recorder:
             log.warning("batch log too small for round %d: it is not logged", self._number)
             self._lost = True
             for part in self._parts:
-                (self._log.folder / part.name).unlink(missing_ok=True)
+                (self._log.home / part.name).unlink(missing_ok=True)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     return {name: state[name].detach().cpu().clone() for name in trained_names(state)}
+
+
+def _written(folder: Path) -> int:
+    """Return when a log was written to last, in nanoseconds; 0 where it is gone by now."""
+    try:
+        return (folder / INDEX).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _stem(number: int, place: int) -> str:

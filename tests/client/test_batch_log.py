@@ -1,6 +1,7 @@
 """The batch log on disk against amnesiac unlearning in memory (methods 6.1, 6.2, 6.6)."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from client.batch_files import BatchLogError, Way, decoded, encoded, key
 from client.batch_log import INDEX, BatchLog
 from client.forgetting.amnesiac import amnesiac
 from client.rows import content_hashes
-from client.storage import KeepingError
+from client.storage import KeepingError, locked
 from client.task.evaluation import numbered_batches
 from client.train import Job, do
 from strategies.messages import LocalTraining
@@ -312,17 +313,58 @@ def test_a_repeated_round_replaces_itself_and_all_after_it(tmp_path):
     assert same(log.take_back(again, EVERY).update, fresh.take_back(again, EVERY).update)
 
 
-def test_another_run_is_another_model(tmp_path):
-    log = full(tmp_path, run="1")
-    trained(log, 2, shares=[1.0, 1.0])
-    other = replace(log, run="2")
-    model, _ = do(job(3, other), initial())
-    other.told(1.0)
-    with pytest.raises(BatchLogError, match="rounds 1, 2 are needed"):
-        other.take_back(model, EVERY)
-    do(job(1, other), initial())  # that run from its beginning
-    other.told(1.0)
+def test_runs_in_one_folder_know_nothing_of_one_another(tmp_path):
+    one, other = (full(tmp_path, run=run) for run in ("1", "2"))
+    model = trained(one, 2, shares=[1.0, 1.0])
+    apart = full(tmp_path / "apart")
+    expected = apart.take_back(trained(apart, 2, shares=[1.0, 1.0]), EVERY)
+    with pytest.raises(BatchLogError, match="no batch is logged"):
+        other.check(EVERY)
+    # The other trains in between, in rounds of the same numbers, and takes all of it back.
+    trained(other, 1, shares=[0.25])
     assert other.take_back(model, EVERY).batches == 6
+    found = one.take_back(model, EVERY)
+    assert same(found.update, expected.update)
+    assert (found.batches, found.first) == (12, 1)
+
+
+def test_ending_a_log_ends_that_of_its_run(tmp_path):
+    one, other = (full(tmp_path, run=run) for run in ("1", "2"))
+    for log in (one, other):
+        trained(log, 1, shares=[1.0])
+    one.end()
+    with pytest.raises(BatchLogError, match="round 1 are needed"):
+        one.check(EVERY)
+    assert other.check(EVERY) == (22, 1)
+
+
+def test_the_logs_of_other_runs_are_given_up_oldest_first_to_stay_within_the_limit(
+    tmp_path, caplog
+):
+    size = files_size(tmp_path / "one", full(tmp_path / "one"))
+    limit = int(3.5 * size)
+    logs = [full(tmp_path / "log", run=run, limit=limit) for run in ("a", "b", "c", "d")]
+    for place, log in enumerate(logs[:3]):
+        trained(log, 1, shares=[1.0])
+        os.utime(log.home / INDEX, ns=(place, place))
+    assert "dropped" not in caplog.text  # three fit
+    with locked(logs[0].home):  # in use: the next one goes
+        trained(logs[3], 1, shares=[1.0])
+    assert "the log of run b is dropped" in caplog.text
+    assert [(log.home / INDEX).exists() for log in logs] == [True, False, True, True]
+    assert sum(path.stat().st_size for path in tmp_path.glob("log/*/*.safetensors")) <= limit
+    with pytest.raises(BatchLogError, match="no batch is logged"):
+        logs[1].check(EVERY)
+    # Its own rounds go only where there is nothing else.
+    for number in (2, 3):
+        do(job(number, logs[3]), initial())
+    assert [(log.home / INDEX).exists() for log in logs] == [False, False, False, True]
+    assert "updates of round" not in caplog.text
+
+
+def files_size(folder, log):
+    trained(log, 1)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 # ---------------------------------------------------------------- limits and faults

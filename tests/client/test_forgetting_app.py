@@ -283,7 +283,7 @@ def test_a_share_belongs_to_the_round_before_the_message_that_it_came_with(tmp_p
         (3, {"share": 0.5}),
     ):
         train(grid, number, **config)
-    index = json.loads((tmp_path / "0/batches/index.json").read_text())["content"]
+    index = json.loads((tmp_path / "0/batches/1/index.json").read_text())["content"]
     assert [entry["share"] for entry in index["rounds"]] == [0.25, 0.5, None]
 
 
