@@ -178,7 +178,7 @@ def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
     task = load_task(options)
     examples = allowed = task.client_data(*partition_of(context)).train
     own = own_options(options, context)
-    log = log_of(message, context, own, before=round_of(message))
+    log = log_of(message, context, own)
     if (keeping := keeping_of(own, context)) is not None:
         allowed = keeping.without_forgotten(examples)
     if allowed is not examples and not size_of(allowed):
@@ -193,17 +193,13 @@ def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
     )
 
 
-def log_of(
-    message: Message, context: Context, own: TaskOptions, before: int | None = None
-) -> BatchLog | None:
-    """Return this client's batch log, told the share that came with a message; ``None`` if off.
+def log_of(message: Message, context: Context, own: TaskOptions) -> BatchLog | None:
+    """Return this client's batch log, told what came for it with a message; ``None`` if off.
 
     Parameters
     ----------
     own
         The client's ``own_options``.
-    before
-        Of a message that begins a round, its number: the share is of an earlier one.
     """
     if own.batch_log == "off":
         end_log(context, own)
@@ -215,9 +211,9 @@ def log_of(
         limit=own.batch_log_limit * 10**6,
         run=str(context.run_id),
     )
-    share = config_of(message).get(messages.SHARE)
-    if share is not None:
-        log.told(float(share), before)
+    config = config_of(message)
+    shares = config.get(messages.SHARE, []), config.get(messages.SHARE_ROUND, [])
+    log.told({number: share for share, number in zip(*shares, strict=True)})
     return log
 
 

@@ -53,6 +53,10 @@ class Round(Record):
     dropped: bool = False
     """Whether its updates are gone, while its rows are known."""
 
+    def with_share(self, share: float | None) -> "Round":
+        """Return the round with a share that was told; ``None`` where nothing was."""
+        return self if share is None else self.model_copy(update={"share": float(share)})
+
     def emptied(self) -> "Round":
         """Return the round without its updates."""
         return self.model_copy(update={"parts": [], "dropped": True})
@@ -123,24 +127,23 @@ class BatchLog:
         """Return the folder of this run's log."""
         return self.folder / self.run
 
-    def told(self, share: float, before: int | None = None) -> None:
-        """Keep the client's share in the newest round logged, or the newest before a round.
+    def told(self, shares: Mapping[int, float]) -> None:
+        """Keep the client's shares in rounds, by their numbers; others are as they were.
 
         Raises
         ------
         BatchLogError
-            If it lies outside of [0, 1].
+            If one lies outside of [0, 1].
         """
-        if not 0 <= share <= 1:
-            raise BatchLogError(f"a client's share must lie in [0, 1], the server says {share}")
+        for share in shares.values():
+            if not 0 <= share <= 1:
+                raise BatchLogError(f"a client's share must lie in [0, 1], the server says {share}")
         if not (self.home / INDEX).exists():
             return
         with locked(self.home):
             index = self._index()
-            there = [r for r in index.rounds if before is None or r.number < before]
-            if there and there[-1].share is None:
-                known = there[-1].model_copy(update={"share": float(share)})
-                rounds = [known if entry is there[-1] else entry for entry in index.rounds]
+            rounds = [entry.with_share(shares.get(entry.number)) for entry in index.rounds]
+            if rounds != index.rounds:
                 self._write(rounds, set(index.removed))
 
     def end(self) -> None:

@@ -31,9 +31,10 @@ FORGETTINGS = "forgettings"
 REFUSED = "refused: "
 """Begins the reason of an error by which a client says that it will not; others say that it could
 not."""
-SHARE = "share"
-"""The weight of the client's last update in its round's average, in [0, 1], 0 where it was not
-used; comes with the client's next message. Clients that keep a batch log need it."""
+SHARE, SHARE_ROUND = "share", "share-round"
+"""The weights of the client's updates in the averages of their rounds, in [0, 1], 0 where one was
+not used; and the numbers of these rounds. They come with the client's next messages. Clients that
+keep a batch log need them."""
 REQUEST = "request"
 """Which request to forget a message belongs to; for the client's own records."""
 

@@ -1,6 +1,6 @@
-"""Clients are told what their last update had in its round's average, where a log needs it."""
+"""Clients are told what their updates had in their rounds' averages, where a log needs it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -11,12 +11,15 @@ from strategies.memory import Memory
 
 
 class Shares:
-    """Knows which round asked every client last, and so which share it has yet to be told.
+    """Knows which rounds asked every client, and so which shares it has yet to be told.
+
+    A message may be lost, so a share is told with every message until the client has entered the
+    average of a later round: to train in it, it must have got that round's message.
 
     Parameters
     ----------
     memory
-        Knows who entered which average, with what share.
+        Knows who entered which average last, with what share.
     directory
         Names the client behind a node.
     """
@@ -24,27 +27,33 @@ class Shares:
     def __init__(self, memory: Memory, directory: Directory) -> None:
         self._memory = memory
         self._directory = directory
-        self._asked: dict[str, int] = {}
+        self._asked: dict[str, list[int]] = {}
+        """Client -> rounds that asked it, ascending; none before the last that it entered."""
 
     def tell(self, outgoing: Sequence[Message], number: int) -> list[Message]:
-        """Add to the messages of round ``number`` what each client's last update had."""
+        """Add to the messages of round ``number`` what each client has yet to be told."""
         for message in outgoing:
             client = self._directory.client(message.metadata.dst_node_id)
-            share = self.of(client)
-            if share is not None:
+            if told := self.told(client):
                 config = cast(Any, message.content[messages.CONFIG])
-                told = ConfigRecord({**config, messages.SHARE: share})
                 arrays = message.content[messages.ARRAYS]
-                message.content = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: told})
-            self._asked[client] = number
+                message.content = RecordDict(
+                    {messages.ARRAYS: arrays, messages.CONFIG: ConfigRecord({**config, **told})}
+                )
+            entered, _ = self._memory.shares.get(client, (0, 0.0))
+            asked = [before for before in self._asked.get(client, ()) if before >= entered]
+            self._asked[client] = [*asked, number]
         return list(outgoing)
 
-    def of(self, client: str) -> float | None:
-        """Return a client's share of the round that asked it last; 0 where it was not used.
+    def told(self, client: str) -> dict[str, Any]:
+        """Return what a message to a client says; nothing where no round has asked it yet."""
+        shares = self.of(client)
+        if not shares:
+            return {}
+        return {messages.SHARE: list(shares.values()), messages.SHARE_ROUND: list(shares)}
 
-        ``None`` where no round has asked it yet.
-        """
-        if client not in self._asked:
-            return None
-        number, share = self._memory.shares.get(client, (0, 0.0))
-        return share if number == self._asked[client] else 0.0
+    def of(self, client: str) -> Mapping[int, float]:
+        """Return a client's shares by round, ascending: 0 of those that asked it in vain."""
+        entered, share = self._memory.shares.get(client, (0, 0.0))
+        asked = self._asked.get(client, ())
+        return {n: share if n == entered else 0.0 for n in asked if n >= entered}

@@ -573,7 +573,7 @@ class Unlearning(Strategy):
             seed=self.seed,
             every=every,
             number=self.record.number,
-            share=self.shares.of,
+            told=self.shares.told,
         )
 
     # ------------------------------------------------------------ steps of a round

@@ -71,10 +71,10 @@ def trained(log, rounds=2, *, shares=None, examples=EXAMPLES):
     model = initial()
     for number in range(1, rounds + 1):
         if number > 1 and shares is not None:
-            log.told(shares[number - 2], number)
+            log.told({number - 1: shares[number - 2]})
         model, _ = do(job(number, log, examples), model)
     if shares is not None:
-        log.told(shares[rounds - 1])
+        log.told({rounds: shares[rounds - 1]})
     return model
 
 
@@ -259,7 +259,7 @@ def test_rows_trained_on_again_can_be_removed_again(tmp_path):
     model = trained(log, shares=[1.0, 1.0])
     log.take_back(model, EVERY)
     model, _ = do(job(3, log), model)
-    log.told(1.0)
+    log.told({3: 1.0})
     assert log.take_back(model, EVERY).batches == 6
 
 
@@ -275,14 +275,13 @@ def test_rows_of_others_take_nothing_back(tmp_path):
 def test_without_the_clients_share_a_request_is_refused_and_later_served(tmp_path):
     log = full(tmp_path)
     model = trained(log)
-    for told, unknown in ((None, "rounds 1, 2"), ((1.0, 2), "round 2")):
-        if told is not None:
-            log.told(*told)
+    for told, unknown in (({}, "rounds 1, 2"), ({3: 0.5}, "rounds 1, 2"), ({1: 1.0}, "round 2")):
+        log.told(told)
         for ask in (lambda: log.check(EVERY), lambda: log.take_back(model, EVERY)):
             with pytest.raises(BatchLogError, match=f"share unknown of {unknown}:"):
                 ask()
-    log.told(0.0)
-    log.told(1.0)  # once told, it stays
+    log.told({2: 1.0})
+    log.told({1: 1.0, 2: 0.0})  # what was told last counts
     zero_second = log.take_back(model, EVERY).update
     expected, _ = contribution(model, _memory([1.0, 0.0]), EVERY)
     assert same(zero_second, expected)
@@ -297,19 +296,19 @@ def _memory(shares):
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_is_one(tmp_path, share):
     with pytest.raises(BatchLogError, match=re.escape("must lie in [0, 1]")):
-        full(tmp_path).told(share)
+        full(tmp_path).told({1: share})
 
 
 def test_a_repeated_round_replaces_itself_and_all_after_it(tmp_path):
     log = full(tmp_path / "log")
     trained(log, 3, shares=[0.5, 0.5, 0.5])
     again, _ = do(job(2, log), initial())
-    log.told(0.25)
+    log.told({2: 0.25})
     fresh = full(tmp_path / "fresh")
     do(job(1, fresh), initial())
-    fresh.told(0.5)
+    fresh.told({1: 0.5})
     do(job(2, fresh), initial())
-    fresh.told(0.25)
+    fresh.told({2: 0.25})
     assert same(log.take_back(again, EVERY).update, fresh.take_back(again, EVERY).update)
 
 
@@ -377,7 +376,7 @@ def test_a_full_log_drops_its_oldest_rounds_and_says_which_are_missed(tmp_path, 
     with pytest.raises(BatchLogError, match="batches of round 1 are needed"):
         log.take_back(model, frozenset(HASHES[:1]))
     do(job(4, log, late), model)  # was in none of the rounds dropped, here and now also 2
-    log.told(1.0)
+    log.told({4: 1.0})
     assert log.take_back(model, frozenset(content_hashes(late))).batches == 2
     held = sum(path.stat().st_size for path in (tmp_path / "log").glob("round*"))
     assert held <= 2.5 * size
@@ -395,7 +394,7 @@ def test_a_round_that_does_not_fit_is_trained_and_missed(tmp_path, caplog, monke
     assert same(model, do(job(1), initial())[0])
     assert "too small for round 1" in caplog.text
     assert not list(tmp_path.glob("round*"))
-    log.told(1.0)
+    log.told({1: 1.0})
     with pytest.raises(BatchLogError, match="round 1 are needed"):
         log.take_back(model, EVERY)
 

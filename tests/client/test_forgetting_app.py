@@ -53,6 +53,11 @@ def ask(grid, action, config, model=None, node=0):
     return reply
 
 
+def shared(shares):
+    """What a message says of shares by round."""
+    return {"share": list(shares.values()), "share-round": list(shares)}
+
+
 def train(grid, number, model=None, **config):
     return ask(grid, "train", {"server-round": number, **config}, model or start())
 
@@ -222,7 +227,7 @@ def test_a_log_changes_no_model_and_takes_all_back(tmp_path, batch):
                                       "batch-log-precision": "float32"})  # fmt: skip
     plain = grid_for(batch=False)
     model = start()
-    for number, share in ((1, {}), (2, {"share": 1.0})):
+    for number, share in ((1, {}), (2, shared({1: 1.0}))):
         config = {"local-epochs": 2, "momentum": 0.9, **share}
         expected = messages.parameters_from(train(plain, number, model, **config).content["arrays"])
         model = messages.parameters_from(train(logged, number, model, **config).content["arrays"])
@@ -230,7 +235,7 @@ def test_a_log_changes_no_model_and_takes_all_back(tmp_path, batch):
     refused = ask(logged, "train.amnesiac", ALL, model)
     assert messages.is_refusal(refused)
     assert "share unknown of round 2" in refused.error.reason
-    reply = ask(logged, "train.amnesiac", {**ALL, "share": 1.0}, model)
+    reply = ask(logged, "train.amnesiac", {**ALL, **shared({2: 1.0})}, model)
     back = messages.parameters_from(reply.content["arrays"])
     assert all(torch.allclose(back[n], t, atol=1e-4, rtol=0) for n, t in start().items())
     assert dict(reply.content["metrics"]).keys() == {"batches", "first-round", "num-examples"}
@@ -252,9 +257,9 @@ def test_rounds_without_a_log_end_it(tmp_path):
         for kind in ("random", "off")
     )
     train(logged, 1)
-    train(off, 2, share=1.0)
+    train(off, 2, **shared({1: 1.0}))
     train(logged, 3)
-    reply = ask(logged, "train.amnesiac", {**ALL, "share": 1.0}, start())
+    reply = ask(logged, "train.amnesiac", {**ALL, **shared({1: 1.0, 3: 1.0})}, start())
     assert messages.is_refusal(reply)
     assert "batches of round 1 are needed" in reply.error.reason
 
@@ -263,28 +268,24 @@ def test_rounds_without_a_log_end_it(tmp_path):
 def test_training_of_another_kind_which_is_not_logged_ends_it(tmp_path, action):
     grid = grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": "random"})
     train(grid, 1)
-    ready = ask(grid, "query.batches", {**ALL, "share": 1.0})
+    ready = ask(grid, "query.batches", {**ALL, **shared({1: 1.0})})
     assert count(ready) == 1
     told = ready.content["metrics"]
     assert (told["first-round"], told["rows"]) == (1, count(train(grid, 2)))
     ask(grid, action.action, {"server-round": 3, **action.config()}, start())
     for question in ("query.batches", "train.amnesiac"):
-        reply = ask(grid, question, {**ALL, "share": 1.0}, start())
+        reply = ask(grid, question, {**ALL, **shared({1: 1.0, 2: 1.0})}, start())
         assert messages.is_refusal(reply)
         assert "batches of rounds 1, 2 are needed and no longer there" in reply.error.reason
 
 
-def test_a_share_belongs_to_the_round_before_the_message_that_it_came_with(tmp_path):
+def test_a_share_is_of_the_round_that_it_names(tmp_path):
     grid = grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": "random"})
-    for number, config in (
-        (1, {}),
-        (2, {}),
-        (2, {"share": 0.25}),
-        (3, {"share": 0.5}),
-    ):
-        train(grid, number, **config)
+    for number, shares in ((1, {}), (2, {}), (2, {1: 0.25}), (3, {}), (5, {2: 0.5, 4: 0.75})):
+        train(grid, number, **(shared(shares) if shares else {}))
     index = json.loads((tmp_path / "0/batches/1/index.json").read_text())["content"]
-    assert [entry["share"] for entry in index["rounds"]] == [0.25, 0.5, None]
+    assert {entry["number"]: entry["share"] for entry in index["rounds"]} == {
+        1: 0.25, 2: 0.5, 3: None, 5: None}  # fmt: skip
 
 
 def test_a_log_without_a_folder_is_no_log(tmp_path):
