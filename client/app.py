@@ -118,7 +118,8 @@ def build_app(
     @app.train("amnesiac")
     def amnesiac(message: Message, context: Context) -> Message:
         rows, log = _logged(Amnesiac, message, context, options(context))
-        made = take_back(start_of(message), log, rows)
+        request = Amnesiac.model_validate(config_of(message)).request
+        made = take_back(start_of(message), log, rows, request)
         content = messages.train_reply(made.arrays, made.metrics, 1)
         return Message(content, reply_to=message)
 
@@ -213,7 +214,8 @@ def log_of(message: Message, context: Context, own: TaskOptions) -> BatchLog | N
     )
     config = config_of(message)
     shares = config.get(messages.SHARE, []), config.get(messages.SHARE_ROUND, [])
-    log.told({number: share for share, number in zip(*shares, strict=True)})
+    told = {number: share for share, number in zip(*shares, strict=True)}
+    log.told(told, config.get(messages.TAKEN_BACK, []))
     return log
 
 

@@ -3,7 +3,8 @@
 For amnesiac unlearning (``unlearning.amnesiac``; ``methods`` 6.1, 6.2, 6.6). Rows are known by
 content (``client.rows``). Every run of a federation has a folder of its own, which holds
 
-- ``index.json``: the rounds logged, how, the client's share in each, and what was removed;
+- ``index.json``: the rounds logged, how, the client's share in each, what the server was told to
+  take back, and what it did;
 - ``rows-HASH.safetensors``: contents of a round's rows, uint8, shape (n, 32); rounds share them;
 - ``round-0001-000-HASH.safetensors``: batches of a round, in parts of bounded size.
 
@@ -12,7 +13,7 @@ The index is written last and names every file with its checksum; others do not 
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from client.rows import content_hashes
 from client.storage import KeepingError, Record, locked, read_record, write_record
 from client.train import Job, Observe
 from strategies.archive import SUFFIX
-from unlearning.amnesiac import LoggedUpdate, Removed, contribution, update_of
+from unlearning.amnesiac import LoggedUpdate, contribution, update_of
 from unlearning.errors import RefusedRequestError
 from unlearning.parameters import Parameters, byte_size, trained_names
 from unlearning.partial_updates import FEW, MANY
@@ -62,13 +63,25 @@ class Round(Record):
         return self.model_copy(update={"parts": [], "dropped": True})
 
 
+class Claim(Record):
+    """What the server was told to subtract; whether it did, it says later."""
+
+    request: str
+    samples: list[str]
+    """Contents of rows."""
+    through: int
+    """The last round whose batches are in it."""
+
+
 class Index(Record):
     """What ``index.json`` holds."""
 
     rounds: list[Round] = Field(default_factory=list)
     """Ascending."""
+    claim: Claim | None = None
+    """The newest, as long as the server has not said that it did; any older one it did not."""
     removed: list[str] = Field(default_factory=list)
-    """Contents of rows all of whose batches were taken back, and deleted; not trained on since."""
+    """Contents of rows whose batches were taken back, and deleted; not trained on since."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +140,16 @@ class BatchLog:
         """Return the folder of this run's log."""
         return self.folder / self.run
 
-    def told(self, shares: Mapping[int, float]) -> None:
-        """Keep the client's shares in rounds, by their numbers; others are as they were.
+    def told(self, shares: Mapping[int, float], taken_back: Collection[str] = ()) -> None:
+        """Keep what the server says; all of it may be said any number of times.
+
+        Parameters
+        ----------
+        shares
+            The client's, by numbers of rounds; others are as they were.
+        taken_back
+            Requests by which something was taken back. If the client's claim is among them, its
+            batches are deleted.
 
         Raises
         ------
@@ -143,8 +164,11 @@ class BatchLog:
         with locked(self.home):
             index = self._index()
             rounds = [entry.with_share(shares.get(entry.number)) for entry in index.rounds]
-            if rounds != index.rounds:
-                self._write(rounds, set(index.removed))
+            changed = index.model_copy(update={"rounds": rounds})
+            if changed.claim is not None and changed.claim.request in taken_back:
+                changed = self._purged(changed, changed.claim)
+            if changed != index:
+                self._write(changed)
 
     def end(self) -> None:
         """Give up all updates, where a client trains on without logging: rounds will be missing."""
@@ -153,7 +177,8 @@ class BatchLog:
         with locked(self.home):
             index = self._index()
             if not all(entry.dropped for entry in index.rounds):
-                self._write([entry.emptied() for entry in index.rounds], set(index.removed))
+                emptied = [entry.emptied() for entry in index.rounds]
+                self._write(index.model_copy(update={"rounds": emptied}))
 
     @contextlib.contextmanager
     def recording(self, job: Job, model: nn.Module) -> Iterator[Observe]:
@@ -173,10 +198,11 @@ class BatchLog:
             yield recorder.step
             recorder.commit(content_hashes(job.examples))
 
-    def take_back(self, like: Parameters, samples: frozenset[str]) -> TakenBack:
-        """Return what samples brought into the model, and never do so again.
+    def take_back(self, like: Parameters, samples: frozenset[str], request: str) -> TakenBack:
+        """Return what samples brought into the model, to be subtracted once.
 
-        Their batches' updates are deleted. Samples removed before are passed over.
+        Nothing is deleted until the server says that it did (``told``): asked again, for whatever
+        reason, the log says the same. Samples removed before are passed over.
 
         Parameters
         ----------
@@ -184,20 +210,23 @@ class BatchLog:
             A model, for names, shapes and dtypes.
         samples
             Contents of rows.
+        request
+            What the server will call it by; another one than before means that what it was told
+            then was not used, unless it said otherwise.
 
         Raises
         ------
         BatchLogError
             If there is no log, rounds that the samples were in are dropped, have no known share or
-            are damaged. Nothing is removed then.
+            are damaged.
         RefusedRequestError
             If all samples were removed before.
         """
         with self._opened(samples) as (index, wanted, rows, holding):
-            entries = self._entries(holding, rows, wanted)
-            update, removed = contribution(like, entries, wanted)
-            rounds = [self._purged(r, removed) if r in holding else r for r in index.rounds]
-            self._write(rounds, {*index.removed, *wanted})
+            update, removed = contribution(like, self._entries(holding, rows, wanted), wanted)
+            claim = Claim(request=request, samples=sorted(wanted), through=index.rounds[-1].number)
+            if claim != index.claim:
+                self._write(index.model_copy(update={"claim": claim}))
         return TakenBack(update, len(removed.batches), index.rounds[0].number)
 
     def check(self, samples: frozenset[str]) -> tuple[int, int]:
@@ -237,6 +266,8 @@ class BatchLog:
             rows = {file: files.load_rows(self.home, file) for file in lists}
             holding = [entry for entry in index.rounds if not wanted.isdisjoint(rows[entry.rows])]
             self._check(holding)
+            # What never entered an average need not be there.
+            holding = [entry for entry in holding if entry.share]
             yield index, wanted, rows, holding
 
     # ------------------------------------------------------------ the index
@@ -247,13 +278,16 @@ class BatchLog:
         """Return the index as a round finds it."""
         index = self._index()
         rounds = [entry for entry in index.rounds if entry.number < number]
-        return self._write(rounds, set(index.removed))
+        claim = index.claim
+        if claim is not None:  # rounds with these numbers will be others
+            last = min(claim.through, number - 1)
+            claim = claim.model_copy(update={"through": last}) if last > 0 else None
+        return self._write(index.model_copy(update={"rounds": rounds, "claim": claim}))
 
-    def _write(self, rounds: Sequence[Round], removed: set[str]) -> Index:
+    def _write(self, index: Index) -> Index:
         """Write the index, and delete every file that is not in it."""
-        index = Index(rounds=list(rounds), removed=sorted(removed))
         write_record(self.home / INDEX, index)
-        named = {file.name for entry in rounds for file in (entry.rows, *entry.parts)}
+        named = {file.name for entry in index.rounds for file in (entry.rows, *entry.parts)}
         for path in self.home.glob(f"*{SUFFIX}"):
             if path.name not in named:
                 path.unlink(missing_ok=True)
@@ -276,7 +310,7 @@ class BatchLog:
         return sum(held.values())
 
     def _check(self, holding: list[Round]) -> None:
-        gone = [entry.number for entry in holding if entry.dropped]
+        gone = [entry.number for entry in holding if entry.dropped and entry.share != 0]
         if gone:
             raise BatchLogError(
                 f"batches of {_rounds(gone)} are needed and no longer there: the log was full or "
@@ -303,13 +337,38 @@ class BatchLog:
                         update = files.decoded(entry.way, entry.shapes, stored, when)
                         yield LoggedUpdate(when, held, update, float(entry.share or 0.0))
 
-    def _purged(self, entry: Round, removed: Removed) -> Round:
-        """Return a round whose files hold nothing of batches that were removed."""
+    def _purged(self, index: Index, claim: Claim) -> Index:
+        """Return the index without what the server took back, which is deleted."""
+        samples = frozenset(claim.samples)
+        later: set[str] = set()
+        rounds = []
+        for entry in index.rounds:
+            try:
+                rows = files.load_rows(self.home, entry.rows)
+                if entry.number > claim.through:  # and trained on again
+                    later.update(rows)
+                    rounds.append(entry)
+                else:
+                    rounds.append(self._without(entry, rows, samples))
+            except BatchLogError as error:  # nor can it be used for anything
+                log.warning("updates of round %d are dropped: %s", entry.number, error)
+                rounds.append(entry.emptied())
+        removed = sorted({*index.removed, *samples - later})
+        return Index(rounds=rounds, removed=removed)
+
+    def _without(self, entry: Round, rows: Sequence[str], samples: frozenset[str]) -> Round:
+        """Return a round whose files hold nothing of batches with some samples."""
+        if samples.isdisjoint(rows):
+            return entry
         parts = []
         for place, part in enumerate(entry.parts):
             stored = files.load(self.home, part)
             batches = files.batches_in(stored, entry.number)
-            left = tuple(files.key(when, "") for when in batches if when not in removed.batches)
+            left = tuple(
+                files.key(when, "")
+                for when in batches
+                if samples.isdisjoint(rows[n] for n in stored[files.key(when, files.ROWS)].tolist())
+            )
             if len(left) == len(batches):
                 parts.append(part)
             elif left:
@@ -359,7 +418,8 @@ class _Recorder:
         # Rows that are trained on again are not removed any more.
         removed = set(self._index.removed).difference(hashes)
         rounds = [*self._index.rounds, entry.emptied() if self._lost else entry]
-        self._log._write(rounds, removed)
+        changed = {"rounds": rounds, "removed": sorted(removed)}
+        self._log._write(self._index.model_copy(update=changed))
 
     def _flush(self) -> None:
         if self._buffer:

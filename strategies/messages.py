@@ -35,6 +35,9 @@ SHARE, SHARE_ROUND = "share", "share-round"
 """The weights of the client's updates in the averages of their rounds, in [0, 1], 0 where one was
 not used; and the numbers of these rounds. They come with the client's next messages. Clients that
 keep a batch log need them."""
+TAKEN_BACK = "taken-back"
+"""Requests to subtract batches that were served, whoever was asked; comes with every message, so
+that no client misses it, or subtracts what was subtracted before."""
 REQUEST = "request"
 """Which request to forget a message belongs to; for the client's own records."""
 

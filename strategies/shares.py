@@ -1,4 +1,4 @@
-"""Clients are told what their updates had in their rounds' averages, where a log needs it."""
+"""What clients that keep a batch log are told: their shares, and what was taken back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -46,11 +46,13 @@ class Shares:
         return list(outgoing)
 
     def told(self, client: str) -> dict[str, Any]:
-        """Return what a message to a client says; nothing where no round has asked it yet."""
-        shares = self.of(client)
-        if not shares:
-            return {}
-        return {messages.SHARE: list(shares.values()), messages.SHARE_ROUND: list(shares)}
+        """Return what a message to a client says."""
+        told: dict[str, Any] = {}
+        if shares := self.of(client):
+            told = {messages.SHARE: list(shares.values()), messages.SHARE_ROUND: list(shares)}
+        if self._memory.taken_back:
+            told[messages.TAKEN_BACK] = list(self._memory.taken_back)
+        return told
 
     def of(self, client: str) -> Mapping[int, float]:
         """Return a client's shares by round, ascending: 0 of those that asked it in vain."""

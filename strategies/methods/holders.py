@@ -4,6 +4,7 @@ The holders start from the global model and send back what they made of it; the 
 much of it as they weigh in an average: ``w + sum_k p_k (w'_k - w)``.
 """
 
+import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ from unlearning.errors import (
     RefusedRequestError,
     SecateurError,
 )
-from unlearning.parameters import Parameters, copied, difference, trained_names
+from unlearning.parameters import Parameters, check_finite, copied, difference, trained_names
 from unlearning.partial_updates import merged
 from unlearning.plan import Answer, Ask, Plan
 
@@ -115,20 +116,21 @@ class TakeBack:
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Ask the holders whether they can, then for the model without their batches.
 
+        Their logs lose nothing until all have answered: then the request counts as served, which
+        they are told with the last ask, and, should they miss it, with whatever comes later.
+
         Raises
         ------
         RefusedRequestError
             If it was all taken back before.
         NoBatchLogError
             If a log begins later than its client did.
+        ParametersError
+            If the result is not finite.
         """
         model, selected = situation.model, situation.selection.rows()
-        answers = yield Ask(
-            Batches.action,
-            to=situation.holders,
-            config=Batches(**selected).config(),
-            everybody=True,
-        )
+        check = Batches(**selected).config()
+        answers = yield Ask(Batches.action, to=situation.holders, config=check, everybody=True)
         holding = [answer for answer in answers if answer.metrics.get("rows", 0) > 0]
         if not holding:
             raise RefusedRequestError(
@@ -137,11 +139,12 @@ class TakeBack:
             )
         for answer in holding:
             check_whole(answer, situation.memory.first_rounds.get(answer.client))
+        asked, request = tuple(answer.client for answer in holding), named(situation)
         answers = yield Ask(
             Amnesiac.action,
-            to=tuple(answer.client for answer in holding),
+            to=asked,
             arrays=model,
-            config=Amnesiac(**selected).config(),
+            config=Amnesiac(**selected, request=request).config(),
             everybody=True,
         )
         result, batches = copied(model), 0
@@ -151,8 +154,19 @@ class TakeBack:
                 if name in trained:
                     result[name] += moved
             batches += int(answer.metrics.get("batches", 0))
-        told = {"batches": batches, "holders": len(answers)}
-        return Unlearned(result, settings=told, warnings=sums(situation, self.name))
+        check_finite(result)
+        situation.memory.taken_back += (request,)
+        answers = yield Ask(Batches.action, to=asked, config=check)
+        left = [answer.client for answer in answers if answer.metrics.get("rows", 0) > 0]
+        told = {"batches": batches, "holders": len(asked)}
+        warnings = (f"not deleted: {', '.join(left)} can still take back the same",) if left else ()
+        return Unlearned(result, settings=told, warnings=(*warnings, *sums(situation, self.name)))
+
+
+def named(situation: Situation) -> str:
+    """Return what a request is called: the same only for the same rows in the same round."""
+    text = repr(sorted(situation.selection.rows().items()))
+    return f"{situation.number}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def check_whole(answer: Answer, joined_in: int | None) -> None:

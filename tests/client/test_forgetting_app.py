@@ -27,7 +27,7 @@ from strategies.screen import missing
 SETTINGS = {"task": "digits", "model": "mlp", "examples": 90}
 CLIENTS = 3
 CLASS_3 = Forget(forget="class", forget_class=3).config()
-ALL = Amnesiac(forget="all").config()
+ALL = Amnesiac(forget="all", request="r").config()
 
 
 def start():
@@ -239,6 +239,11 @@ def test_a_log_changes_no_model_and_takes_all_back(tmp_path, batch):
     back = messages.parameters_from(reply.content["arrays"])
     assert all(torch.allclose(back[n], t, atol=1e-4, rtol=0) for n, t in start().items())
     assert dict(reply.content["metrics"]).keys() == {"batches", "first-round", "num-examples"}
+    repeated = ask(logged, "train.amnesiac", ALL, model)
+    again = messages.parameters_from(repeated.content["arrays"])
+    assert all(torch.equal(again[name], tensor) for name, tensor in back.items())
+    told = ask(logged, "query.batches", {**ALL, "taken-back": ["q", "r"]})
+    assert told.content["metrics"]["rows"] == 0
     again = ask(logged, "train.amnesiac", ALL, model)
     assert again.error.reason == "refused: already removed: all rows of this request"
 
