@@ -177,6 +177,8 @@ class PlanRounds:
         self._told = told
         self.answered: set[str] = set()
         """Clients whose training entered the plan."""
+        self.trained: dict[str, int] = {}
+        """Client -> the first round that it was asked to train in."""
         self.asks = 0
         """Asks carried so far."""
         self.bytes_sent = 0
@@ -266,6 +268,8 @@ class PlanRounds:
         strategy = self.strategy if ask.mean else everybody(self.strategy)
         with seeded_sampling(self._seed, number):
             outgoing = list(strategy.configure_train(number, arrays, config, visible))
+        for message in outgoing:
+            self.trained.setdefault(self._directory.client(message.metadata.dst_node_id), number)
         if ask.action != messages.TRAIN:  # a strategy may have a kind of training of its own
             for message in outgoing:
                 message.metadata.message_type = ask.action

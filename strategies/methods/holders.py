@@ -138,7 +138,7 @@ class TakeBack:
                 "rows left to take back"
             )
         for answer in holding:
-            check_whole(answer, situation.memory.first_rounds.get(answer.client))
+            check_whole(answer, situation.memory)
         asked, request = tuple(answer.client for answer in holding), named(situation)
         answers = yield Ask(
             Amnesiac.action,
@@ -169,13 +169,24 @@ def named(situation: Situation) -> str:
     return f"{situation.number}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def check_whole(answer: Answer, joined_in: int | None) -> None:
-    """Raise ``NoBatchLogError`` if a client's log begins after the round that it joined in."""
-    first = int(answer.metrics.get("first-round", 0))
+def check_whole(answer: Answer, memory: Memory) -> None:
+    """Raise ``NoBatchLogError`` if a client's log does not tell of all rounds that it took part in.
+
+    It may begin later than its client did, or tell of training that did not count, or that the
+    model was made of otherwise.
+    """
+    client, first = answer.client, int(answer.metrics.get("first-round", 0))
+    joined_in = memory.first_rounds.get(client)
     if joined_in is not None and first > joined_in:
         raise NoBatchLogError(
-            f"the batch log of {answer.client} begins in round {first}, and it took part from "
+            f"the batch log of {client} begins in round {first}, and it took part from "
             f"round {joined_in} on: what came before cannot be taken back; ask for another method"
+        )
+    if client in memory.unlogged:
+        raise NoBatchLogError(
+            f"the batch log of {client} is of no use from round {memory.unlogged[client]} on: a "
+            "request that trained beside the rounds, or played them again, wrote over it; ask for "
+            "another method"
         )
 
 

@@ -219,3 +219,79 @@ def test_the_same_rows_are_the_same_request_only_while_its_plan_runs(tmp_path):
     assert first.partition("-")[0] == "3"
     assert first != second
     assert Amnesiac(forget="all", request=first).config()["request"] == first
+
+
+# ---------------------------------------------------------------- rounds that are played again
+def leave(made, client, method="rollback"):
+    name = f"client-{client:04d}"
+    made.server.request(Request(Target.CLIENT, (name,), "privacy", method=method, guarantee=(
+        "exact" if method == "rollback" else "approximate")))  # fmt: skip
+
+
+@pytest.mark.parametrize("before", [1, 3])
+def test_after_a_replay_logs_tell_what_they_would_if_the_leaver_had_never_been(before, tmp_path):
+    made = Federation(tmp_path / "replayed", **{"ready-methods": "amnesiac,rollback"})
+    made.play(before)
+    leave(made, 3)
+    made.play(before + 3)
+    made.forget_rows(1, [0, 1, 2])
+    made.play(before + 4)
+    expected = Federation(tmp_path / "never")
+    expected.unheard = lambda kind, client: client == 3 and kind == "train"
+    expected.play(before + 3)
+    expected.forget_rows(1, [0, 1, 2])
+    done = expected.play(before + 4)[-1]
+    found = made.play(before + 4)[-1]
+    assert (found.refused, found.method, found.settings) == (None, "amnesiac", done.settings)
+    assert alike(made.subtracted[0], expected.subtracted[0])
+
+
+def test_who_was_away_in_a_replay_has_no_batches_in_the_rounds_that_it_undid(tmp_path):
+    made = Federation(tmp_path, **{"ready-methods": "amnesiac,rollback"})
+    made.play(3)
+    leave(made, 3)
+    number = made.server.record.number
+    made.unsent = lambda kind, client: (  # of round 4 and its replay, the replay alone is lost
+        kind == "train" and client == 1 and bool(made.server.record.participants)
+    )
+    assert made.play(number + 1)[0].refused is None
+    made.unsent = lambda kind, client: False
+    made.forget_rows(1, [0, 1, 2])
+    made.play(number + 2)
+    # Its log of rounds 1 to 4 is whole, and the model is made of none of it: of one batch a round,
+    # that of round 5 alone is taken back.
+    assert made.records[number + 2].unlearning.settings["batches"] == 1
+
+
+@pytest.mark.parametrize("method", ["federaser", "verifi"])
+def test_after_training_of_another_kind_nothing_is_taken_back(method, tmp_path):
+    made = Federation(tmp_path, **{"ready-methods": f"amnesiac,{method}"})
+    made.play(3)
+    leave(made, 3, method)
+    assert made.play(4)[0].refused is None
+    made.play(5)
+    made.forget_rows(1, [0, 1, 2])
+    first = {"federaser": 1, "verifi": 5}[method]
+    refused = made.play(6)[-1].refused
+    assert f"the batch log of client-0001 is of no use from round {first} on" in refused
+
+
+def test_a_replay_that_does_not_count_leaves_logs_that_nothing_is_taken_back_from(tmp_path):
+    made = Federation(tmp_path, **{"ready-methods": "amnesiac,rollback"})
+    made.play(3)
+    leave(made, 3)
+    asked = []
+
+    def deaf(kind, client):  # from the second round that is played again
+        asked.append(kind == "train" and bool(made.server.record.participants))
+        return asked[-1] and sum(asked) > 3
+
+    made.unsent = deaf
+    assert "made no model" in made.play(4)[0].refused
+    made.unsent = lambda kind, client: False
+    made.server.forgetting.withdraw(made.server.forgetting.pending)
+    made.play(6)
+    made.forget_rows(1, [0, 1, 2])
+    refused = made.play(7)[-1].refused
+    assert "client-0001" in refused
+    assert made.subtracted == []

@@ -267,6 +267,18 @@ def test_a_log_must_begin_with_its_clients_first_round(first, whole):
         run(plan, logged(0, 1, first=first))
 
 
+def test_a_log_that_tells_of_training_that_does_not_count_is_of_no_use():
+    remembered = memory()
+    remembered.unlogged = {client(1): 3}
+    for holder, fails in ((0, False), (1, True)):
+        plan = TakeBack().plan(situation(waiting((holder,)), remembered=remembered))
+        if fails:
+            with pytest.raises(NoBatchLogError, match="client-0001 is of no use from round 3 on"):
+                run(plan, logged(1, 1))
+        else:
+            assert run(plan, logged(1, 1))[0].settings["holders"] == 1
+
+
 def test_where_models_are_no_averages_a_warning_tells():
     plan = TakeBack().plan(replace(situation(waiting((0,))), averages=False))
     (warning,) = run(plan, logged(1))[0].warnings
