@@ -95,7 +95,8 @@ class Unlearning(Strategy):
     seed
         Seeds sampling and detection. ``None`` leaves Python's global generator to Flower.
     offers
-        Needs that the task and the clients meet: classes, convolutions, a batch log.
+        Needs that the task and the clients meet: classes, convolutions, a batch log. A log counts
+        only where the strategy's model is the weighted mean, of which each client has a share.
     """
 
     def __init__(
@@ -126,6 +127,12 @@ class Unlearning(Strategy):
         self.detector = detector
         self.warm_up = (hysteresis or Hysteresis()).warm_up
         ready = [m for m in (method, *others) if m is not None]
+        if Need.BATCH_LOG in offers and not averaging.is_plain_mean(strategy):
+            log.warning(
+                "batch logs are of no use: %s makes no plain average, of which clients have shares",
+                type(strategy).__name__,
+            )
+            offers = frozenset(offers) - {Need.BATCH_LOG}
         self.forgetting = Forgetting(
             method,
             others,

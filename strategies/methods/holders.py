@@ -20,7 +20,7 @@ from strategies.actions import (
     joined,
 )
 from strategies.memory import LastRound, Memory
-from strategies.methods.interface import Situation, Unlearned, sums
+from strategies.methods.interface import Situation, Unlearned
 from unlearning import ascent
 from unlearning.errors import (
     MissingNeedError,
@@ -160,7 +160,7 @@ class TakeBack:
         left = [answer.client for answer in answers if answer.metrics.get("rows", 0) > 0]
         told = {"batches": batches, "holders": len(asked)}
         warnings = (f"not deleted: {', '.join(left)} can still take back the same",) if left else ()
-        return Unlearned(result, settings=told, warnings=(*warnings, *sums(situation, self.name)))
+        return Unlearned(result, settings=told, warnings=warnings)
 
 
 def named(situation: Situation) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from flwr.serverapp.strategy import FedAvg
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -20,12 +21,15 @@ from server.federation import (
     staying,
 )
 from server.settings import read_settings
+from strategies.averaging import is_plain_mean
 from strategies.methods.interface import UNKNOWN, Network
 from strategies.methods.masks import MASKS
 from strategies.recovery import VALIDATION
 from tests.client.forgetting.small import Regression, Small
-from unlearning.catalogue import Need
+from unlearning.catalogue import Need, Target
 from unlearning.channel_masks import Convolution
+from unlearning.errors import NoBatchLogError
+from unlearning.routing import Request
 
 
 def digits(model, **more):
@@ -125,6 +129,31 @@ def test_a_federation_offers_what_its_task_and_clients_have(model, log, tmp_path
     for name in (*MASKS, "tfidf", "fisher-noise"):
         assert made.forgetting.methods[name].network == network_of(task, initial_model(task, 0))
         assert made.forgetting.methods[name].name == name
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fedavg", "fedprox", "fedmedian", "fedadam", "ffmu", "ffmu-n"]
+)
+def test_a_batch_log_counts_only_where_clients_have_shares_of_the_model(strategy, tmp_path, caplog):
+    settings, task = digits("mlp", **{"batch-log": "random", "client-dir": str(tmp_path),
+                                      "strategy": strategy, "ready-methods": "amnesiac"})  # fmt: skip
+    made = build_federation(settings, initial_model(task, 0), task)
+    averages = strategy in ("fedavg", "fedprox")
+    assert (Need.BATCH_LOG in made.forgetting.offers) == averages
+    assert ("batch logs are of no use" in caplog.text) == (not averages)
+    asked = Request(Target.SAMPLES, (), "privacy", tokens=("0" * 32,), guarantee="approximate",
+                    method="amnesiac")  # fmt: skip
+    if averages:
+        assert made.route(asked).method == "amnesiac"
+        return
+    with pytest.raises(NoBatchLogError, match="or not of plain averages"):
+        made.route(asked)
+    assert made.route(dataclasses.replace(asked, method=None)).method == "fisher-mask"
+
+
+def test_a_mean_by_weights_of_ones_own_is_no_plain_one():
+    assert is_plain_mean(FedAvg())
+    assert not is_plain_mean(FedAvg(weighted_by_key="loss"))
 
 
 def test_without_the_task_no_method_knows_channels():

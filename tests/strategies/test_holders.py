@@ -279,12 +279,6 @@ def test_a_log_that_tells_of_training_that_does_not_count_is_of_no_use():
             assert run(plan, logged(1, 1))[0].settings["holders"] == 1
 
 
-def test_where_models_are_no_averages_a_warning_tells():
-    plan = TakeBack().plan(replace(situation(waiting((0,))), averages=False))
-    (warning,) = run(plan, logged(1))[0].warnings
-    assert warning.startswith("not_an_average: amnesiac")
-
-
 # ---------------------------------------------------------------- PGA
 ENTRIES = sum(tensor.numel() for tensor in trained(model()).values())
 
