@@ -111,7 +111,8 @@ def build_app(
     @app.query("batches")
     def batches(message: Message, context: Context) -> Message:
         rows, log = _logged(Batches, message, context, options(context))
-        left, first = log.check(rows)
+        # Who holds nothing of what is asked for needs no log.
+        left, first = _needed(log).check(rows) if rows else (0, 0)
         told = {"rows": left, "first-round": first}
         return Message(messages.evaluate_reply(told, 1), reply_to=message)
 
@@ -119,7 +120,7 @@ def build_app(
     def amnesiac(message: Message, context: Context) -> Message:
         rows, log = _logged(Amnesiac, message, context, options(context))
         request = Amnesiac.model_validate(config_of(message)).request
-        made = take_back(start_of(message), log, rows, request)
+        made = take_back(start_of(message), _needed(log), rows, request)
         content = messages.train_reply(made.arrays, made.metrics, 1)
         return Message(content, reply_to=message)
 
@@ -143,13 +144,17 @@ def _register(
 
 def _logged(
     kind: type[Selection], message: Message, context: Context, own: TaskOptions
-) -> tuple[frozenset[str], BatchLog]:
-    """Return the contents of the rows that a message selects, and the log of their batches."""
+) -> tuple[frozenset[str], BatchLog | None]:
+    """Return the contents of the rows that a message selects, and the log of batches."""
     log = log_of(message, context, own)
-    if log is None:
-        raise BatchLogError(NOT_LOGGED)
     asked = kind.model_validate(config_of(message))
     return needed_keeping(own, context).contents(asked, examples_of(own, context)), log
+
+
+def _needed(log: BatchLog | None) -> BatchLog:
+    if log is None:
+        raise BatchLogError(NOT_LOGGED)
+    return log
 
 
 def forget_state(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -20,7 +20,7 @@ from server.cli import main
 from server.federation import initial_model
 from simulation.engines.inprocess import InProcessGrid
 from strategies import messages
-from strategies.actions import Amnesiac, Ffmu, Forget, Rapid, named
+from strategies.actions import Amnesiac, Batches, Ffmu, Forget, Rapid, named
 from strategies.exchange import Reply
 from strategies.screen import missing
 
@@ -254,6 +254,17 @@ def test_a_client_without_a_log_refuses_amnesiac_unlearning(tmp_path, batch):
     reply = ask(grid, "train.amnesiac", ALL, start())
     assert messages.is_refusal(reply)
     assert "no batch is logged" in reply.error.reason
+
+
+@pytest.mark.parametrize("log", ["off", "random"])
+def test_who_holds_nothing_of_what_is_asked_for_needs_no_log(tmp_path, log):
+    grid = grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": log})
+    others = Batches(forget="samples", forget_tokens="0" * 32).config()
+    reply = ask(grid, "query.batches", others)
+    assert dict(reply.content["metrics"]) == {"rows": 0, "first-round": 0, "num-examples": 1}
+    refused = ask(grid, "query.batches", {**ALL, "forget": "class", "forget-class": 3})
+    assert messages.is_refusal(refused)
+    assert "no batch is logged" in refused.error.reason
 
 
 def test_rounds_without_a_log_end_it(tmp_path):
