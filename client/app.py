@@ -37,7 +37,7 @@ from strategies.actions import Action, Amnesiac, Batches, Forget, Mark, Marks, S
 from unlearning.errors import RefusedRequestError
 
 LOG = "batches"
-"""Folder of the batch log in the client's own."""
+"""Folder of the batch logs in the client's own."""
 MakeJob = Callable[[Message, Context, TaskOptions], Job]
 """Says what one client does with a ``train`` message."""
 
@@ -112,14 +112,16 @@ def build_app(
     @app.query("batches")
     def batches(message: Message, context: Context) -> Message:
         rows, log = _logged(Batches, message, context, options(context))
-        left, first = log.check(rows)
+        # Who holds nothing of what is asked for needs no log.
+        left, first = _needed(log).check(rows) if rows else (0, 0)
         told = {"rows": left, "first-round": first}
         return Message(messages.evaluate_reply(told, 1), reply_to=message)
 
     @app.train("amnesiac")
     def amnesiac(message: Message, context: Context) -> Message:
         rows, log = _logged(Amnesiac, message, context, options(context))
-        made = take_back(start_of(message), log, rows)
+        request = Amnesiac.model_validate(config_of(message)).request
+        made = take_back(start_of(message), _needed(log), rows, request)
         content = messages.train_reply(made.arrays, made.metrics, 1)
         return Message(content, reply_to=message)
 
@@ -161,13 +163,17 @@ def _register(
 
 def _logged(
     kind: type[Selection], message: Message, context: Context, own: TaskOptions
-) -> tuple[frozenset[str], BatchLog]:
-    """Return the contents of the rows that a message selects, and the log of their batches."""
+) -> tuple[frozenset[str], BatchLog | None]:
+    """Return the contents of the rows that a message selects, and the log of batches."""
     log = log_of(message, context, own)
-    if log is None:
-        raise BatchLogError(NOT_LOGGED)
     asked = kind.model_validate(config_of(message))
     return needed_keeping(own, context).contents(asked, examples_of(own, context)), log
+
+
+def _needed(log: BatchLog | None) -> BatchLog:
+    if log is None:
+        raise BatchLogError(NOT_LOGGED)
+    return log
 
 
 def forget_state(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -199,7 +205,7 @@ def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
     own = own_options(options, context)
     if is_refusable(message):  # engines that take jobs know no mods
         check_allowed(message, own.refuse)
-    log = log_of(message, context, own, before=round_of(message))
+    log = log_of(message, context, own)
     if (keeping := keeping_of(own, context)) is not None:
         allowed = keeping.without_forgotten(examples)
     if allowed is not examples and not size_of(allowed):
@@ -214,17 +220,13 @@ def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
     )
 
 
-def log_of(
-    message: Message, context: Context, own: TaskOptions, before: int | None = None
-) -> BatchLog | None:
-    """Return this client's batch log, told the share that came with a message; ``None`` if off.
+def log_of(message: Message, context: Context, own: TaskOptions) -> BatchLog | None:
+    """Return this client's batch log, told what came for it with a message; ``None`` if off.
 
     Parameters
     ----------
     own
         The client's ``own_options``.
-    before
-        Of a message that begins a round, its number: the share is of an earlier one.
     """
     if own.batch_log == "off":
         end_log(context, own)
@@ -236,16 +238,17 @@ def log_of(
         limit=own.batch_log_limit * 10**6,
         run=str(context.run_id),
     )
-    share = config_of(message).get(messages.SHARE)
-    if share is not None:
-        log.told(float(share), before)
+    config = config_of(message)
+    shares = config.get(messages.SHARE, []), config.get(messages.SHARE_ROUND, [])
+    told = {number: share for share, number in zip(*shares, strict=True)}
+    log.told(told, config.get(messages.TAKEN_BACK, []))
     return log
 
 
 def end_log(context: Context, own: TaskOptions) -> None:
     """Give up this client's batch log where it trains, and steps are not logged."""
     if (keeping := keeping_of(own, context)) is not None:
-        BatchLog(keeping.folder / LOG).end()
+        BatchLog(keeping.folder / LOG, run=str(context.run_id)).end()
 
 
 def evaluate_reply(message: Message, context: Context, options: TaskOptions) -> Message:

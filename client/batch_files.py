@@ -4,6 +4,7 @@ What is dropped at random follows from a seed and is not stored. What is kept by
 as one bit an entry: less than a list of places as soon as one entry in 32 is kept.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -161,6 +162,15 @@ def load(folder: Path, file: File) -> SavedModel:
         return SavedModel(path)
     except ParametersError as error:
         raise BatchLogError(f"{error}; put back a copy") from error
+
+
+def bytes_in(folder: Path) -> int:
+    """Return the size of a folder's files; of those that go meanwhile, nothing."""
+    total = 0
+    for path in folder.glob(f"*{SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def save_rows(folder: Path, hashes: Sequence[str]) -> File:

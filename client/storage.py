@@ -105,8 +105,13 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
     """Have a folder, which is made if need be, to oneself among threads and processes.
+
+    Parameters
+    ----------
+    patience_s
+        How long to wait for it, in seconds.
 
     Raises
     ------
@@ -115,11 +120,11 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=PATIENCE_S)
+        lock = FileLock(folder / ".lock", timeout=patience_s)
         lock.acquire()
     except Timeout as error:
         raise KeepingError(
-            f"{folder} is in use by another process for {PATIENCE_S:.0f} s; give each client a "
+            f"{folder} is in use by another process for {patience_s:.0f} s; give each client a "
             "folder of its own"
         ) from error
     except OSError as error:

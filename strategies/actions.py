@@ -180,11 +180,15 @@ class Batches(Selection):
 class Amnesiac(Selection):
     """Subtract the updates of all batches that held a selected row (``methods`` 6.1, 6.2, 6.6).
 
-    Answered with ``w - Z_k``. Needs a client that keeps a batch log, which loses these updates: to
-    be asked once ``Batches`` was answered by all who are asked for it.
+    Answered with ``w - Z_k``. Needs a client that keeps a batch log, which deletes these updates
+    once it is told, with a later message, that the request was served.
     """
 
     action = "train.amnesiac"
+
+    request: str = Field(min_length=1)
+    """What the server calls it by. The same again is a repetition; another one says that what was
+    answered before was not used, unless the client is told that it was."""
 
 
 class MacForget(Selection):

@@ -54,6 +54,11 @@ LONG_ROW = 2**13
 another type than its own goes through memory several times."""
 
 
+def is_plain_mean(strategy: Strategy) -> bool:
+    """Say whether a strategy's model is the mean of the replies, weighted by their examples."""
+    return type(strategy) in PLAIN_MEANS and needs_mean_only(strategy)
+
+
 def needs_mean_only(strategy: Strategy) -> bool:
     """Say whether one reply with the mean and all the weight gives ``strategy`` the same model.
 
@@ -144,7 +149,7 @@ def plain_mean(
     ``None`` where that is not certain: for another strategy, for replies that are not all of the
     same form, and for integer tensors, whose means FedAvg leaves as float64.
     """
-    if not (type(strategy) in PLAIN_MEANS and needs_mean_only(strategy) and replies):
+    if not (is_plain_mean(strategy) and replies):
         return None
     contents = [reply.content for reply in replies]
     try:

@@ -97,6 +97,10 @@ class Memory:
     """Client -> the last round that it took part in."""
     shares: Mapping[str, tuple[int, float]] = field(default_factory=dict, init=False)
     """Client -> the last round whose average it entered, and its share of it."""
+    taken_back: tuple[str, ...] = field(default=(), init=False)
+    """Requests by which clients' batches were subtracted."""
+    unlogged: Mapping[str, int] = field(default_factory=dict, init=False)
+    """Client -> the first round that its batch log may tell wrongly of."""
     restarted: bool = field(default=False, init=False)
     """Whether rounds were undone that the ledger cannot tell from those before them."""
     from_the_start: bool = field(default=True, init=False)

@@ -31,9 +31,13 @@ FORGETTINGS = "forgettings"
 REFUSED = "refused: "
 """Begins the reason of an error by which a client says that it will not; others say that it could
 not."""
-SHARE = "share"
-"""The weight of the client's last update in its round's average, in [0, 1], 0 where it was not
-used; comes with the client's next message. Clients that keep a batch log need it."""
+SHARE, SHARE_ROUND = "share", "share-round"
+"""The weights of the client's updates in the averages of their rounds, in [0, 1], 0 where one was
+not used; and the numbers of these rounds. They come with the client's next messages. Clients that
+keep a batch log need them."""
+TAKEN_BACK = "taken-back"
+"""Requests to subtract batches that were served, whoever was asked; comes with every message, so
+that no client misses it, or subtracts what was subtracted before."""
 REQUEST = "request"
 """Which request to forget a message belongs to; for the client's own records."""
 

@@ -1,9 +1,10 @@
 """The memory of rounds that are played again: kept aside, and taken over if they count."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from strategies.memory import LastRound, Memory
 from unlearning.catalogue import Need
+from unlearning.history import shares
 from unlearning.parameters import Parameters
 from unlearning.plan import Answer, senders
 
@@ -20,11 +21,16 @@ class Rewriting:
         Of the federation.
     newest
         The last round that may be played again.
+    logged
+        Whether clients that keep a batch log are to be told their shares.
     """
 
-    def __init__(self, memory: Memory, newest: int) -> None:
+    def __init__(self, memory: Memory, newest: int, *, logged: bool = False) -> None:
         self._memory = memory
         self._newest = newest
+        self._logged = logged
+        self.shares: dict[int, Mapping[str, float]] = {}
+        """Round -> the shares of those who entered its average."""
         self.aside = Memory(
             memory.needs,
             limit=memory.limit,
@@ -35,6 +41,9 @@ class Rewriting:
 
     def wants(self, number: int) -> bool:
         """Say whether every client's own model is wanted of a round, and not their mean alone."""
+        return self._logged or self._remembers(number)
+
+    def _remembers(self, number: int) -> bool:
         needs = set(self._memory.needs)
         if needs & {Need.HISTORY, Need.LEDGER}:
             return True
@@ -54,11 +63,13 @@ class Rewriting:
             What entered its aggregate.
         """
         clients = senders(answers)
-        if not self.wants(number):
+        weights = {a.client: float(a.num_examples) for a in answers}
+        if self._logged:
+            self.shares[number] = shares(weights)
+        if not self._remembers(number):
             self.aside.joined(number, previous, clients)
             return
         own = {a.client: a.arrays for a in answers if a.arrays is not None}
-        weights = {a.client: float(a.num_examples) for a in answers}
         self.aside.remember(LastRound(number, previous, own, weights), clients)
 
     def apply(self, origin: int) -> None:

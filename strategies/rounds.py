@@ -10,6 +10,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -143,8 +144,8 @@ class PlanRounds:
     keeps between rounds (FedAdam's moments) takes part; every other action is sent as it is.
 
     Of rounds for which ``every`` says so, answers are handed over one by one also where their mean
-    would do. Asks that are no round of training say that they belong to round ``number``; clients
-    are told the share that their last update had in its round's average, where ``share`` knows it.
+    would do. Asks that are no round of training say that they belong to round ``number``, and what
+    ``told`` has for their client.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class PlanRounds:
         seed: int | None,
         every: Callable[[int], bool] = lambda number: False,
         number: int = 0,
-        share: Callable[[str], float | None] = lambda client: None,
+        told: Callable[[str], Mapping[str, Any]] = lambda client: {},
     ) -> None:
         self.strategy = strategy
         """Plays the plan's rounds, and remembers them as the federation's own does."""
@@ -173,9 +174,11 @@ class PlanRounds:
         self._seed = seed
         self._every = every
         self._number = number
-        self._share = share
+        self._told = told
         self.answered: set[str] = set()
         """Clients whose training entered the plan."""
+        self.trained: dict[str, int] = {}
+        """Client -> the first round that it was asked to train in."""
         self.asks = 0
         """Asks carried so far."""
         self.bytes_sent = 0
@@ -265,6 +268,8 @@ class PlanRounds:
         strategy = self.strategy if ask.mean else everybody(self.strategy)
         with seeded_sampling(self._seed, number):
             outgoing = list(strategy.configure_train(number, arrays, config, visible))
+        for message in outgoing:
+            self.trained.setdefault(self._directory.client(message.metadata.dst_node_id), number)
         if ask.action != messages.TRAIN:  # a strategy may have a kind of training of its own
             for message in outgoing:
                 message.metadata.message_type = ask.action
@@ -285,11 +290,8 @@ class PlanRounds:
         ]
 
     def _content(self, ask: Ask, arrays: ArrayRecord | None, client: str) -> RecordDict:
-        share = self._share(client)
-        told = {**self._train_config, messages.SERVER_ROUND: self._number, **ask.config}
-        if share is not None:
-            told[messages.SHARE] = share
-        content = RecordDict({messages.CONFIG: ConfigRecord(told)})
+        own = {messages.SERVER_ROUND: self._number, **self._told(client), **ask.config}
+        content = RecordDict({messages.CONFIG: ConfigRecord({**self._train_config, **own})})
         if arrays is not None:
             content[messages.ARRAYS] = arrays
         return content

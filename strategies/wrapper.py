@@ -26,6 +26,7 @@ from strategies.memory import LastRound, Memory
 from strategies.messages import ACCURACY
 from strategies.methods.dropping import after_dropping
 from strategies.methods.interface import Method, Pending, ServerLab, Situation, Unlearned
+from strategies.methods.retraining import plays_as_ever
 from strategies.rate_limit import RateLimit
 from strategies.records import Phase, RoundRecord, UnlearningRecord
 from strategies.recovery import VALIDATION, Recovery, RecoveryWatch
@@ -95,7 +96,8 @@ class Unlearning(Strategy):
     seed
         Seeds sampling and detection. ``None`` leaves Python's global generator to Flower.
     offers
-        Needs that the task and the clients meet: classes, convolutions, a batch log.
+        Needs that the task and the clients meet: classes, convolutions, a batch log. A log counts
+        only where the strategy's model is the weighted mean, of which each client has a share.
     classes
         Number of classes, so that requests for others are refused; 0 where it is not known.
     """
@@ -129,6 +131,12 @@ class Unlearning(Strategy):
         self.screen = screen
         self.detector = detector
         self.warm_up = (hysteresis or Hysteresis()).warm_up
+        if Need.BATCH_LOG in offers and not averaging.is_plain_mean(strategy):
+            log.warning(
+                "batch logs are of no use: %s makes no plain average, of which clients have shares",
+                type(strategy).__name__,
+            )
+            offers = frozenset(offers) - {Need.BATCH_LOG}
         self.forgetting = Forgetting(
             method,
             others,
@@ -147,7 +155,8 @@ class Unlearning(Strategy):
         self.seed = seed
         self.directory = Directory(identify)
         self.data = DataRequests(self.forgetting, self.directory)
-        self.shares = Shares(self.memory, self.directory)
+        logged = Need.BATCH_LOG in self.forgetting.offers
+        self.shares = Shares(self.memory, self.directory, on=logged)
         self.roster = Roster(hysteresis)
         self.marking = Marking(self.directory, self.roster)
         self.record = RoundRecord(0)
@@ -175,9 +184,7 @@ class Unlearning(Strategy):
             chosen = self.strategy.configure_train(
                 server_round, arrays, config, self._visible(grid)
             )
-            self._outgoing = list(chosen)
-        if Need.BATCH_LOG in self.forgetting.offers:
-            self._outgoing = self.shares.tell(self._outgoing, server_round)
+            self._outgoing = self.shares.tell(list(chosen), server_round)
         self._outgoing = self.marking.instead(self._outgoing, server_round)
         return self._outgoing
 
@@ -480,7 +487,7 @@ class Unlearning(Strategy):
         """Forget those who wait for one method; return the new model, or ``None`` if refused."""
         number = self.record.number
         method = self.forgetting.methods[name]
-        rewriting = Rewriting(self.memory, number)
+        rewriting = Rewriting(self.memory, number, logged=self.shares.on)
         carrier = self.plan_rounds(grid, config, every=rewriting.wants)
         situation = Situation(
             number,
@@ -539,11 +546,27 @@ class Unlearning(Strategy):
         self._note_unlearned(record, outcome, seconds, situation.forgotten)
         record.warnings += carrier.unheard
         self.data.forgot(situation.pending, situation.away)
-        if outcome.origin is not None:
-            rewriting.apply(outcome.origin)
-        else:  # who trained in the plan alone has a part in the model, too
-            self.memory.joined(number, self._previous, sorted(carrier.answered))
+        self._note_rounds(method, outcome, carrier, rewriting)
         return copied(outcome.model)
+
+    def _note_rounds(
+        self,
+        method: Method,
+        outcome: Unlearned,
+        carrier: rounds.PlanRounds,
+        rewriting: Rewriting,
+    ) -> None:
+        """Take note of the rounds that a plan has played."""
+        number, origin = self.record.number, outcome.origin
+        if origin is None:  # who trained in the plan alone has a part in the model, too
+            self.shares.mixed_up(carrier.trained)
+            self.memory.joined(number, self._previous, sorted(carrier.answered))
+            return
+        if plays_as_ever(method):
+            self.shares.replayed(origin, number, rewriting.shares)
+        else:
+            self.shares.mixed_up(dict.fromkeys(self.directory.clients(), origin + 1))
+        rewriting.apply(origin)
 
     def _note_refused(
         self,
@@ -554,6 +577,7 @@ class Unlearning(Strategy):
     ) -> None:
         number = record.number
         known = self.forgetting.stuck and not carrier.asks
+        self.shares.mixed_up(carrier.trained)  # in rounds that do not count
         self.forgetting.refuse(number, record.method, asked=carrier.asks > 0)
         self.data.find_others(due, error, self._route, self._active(), number, self._previous)
         self.forgettings += carrier.asks > 0  # they were told, and must be told anew
@@ -605,7 +629,7 @@ class Unlearning(Strategy):
             seed=self.seed,
             every=every,
             number=self.record.number,
-            share=self.shares.of,
+            told=self.shares.told,
         )
 
     # ------------------------------------------------------------ steps of a round

@@ -362,7 +362,8 @@ def _check_needs(name: str, request: Request, available: Available) -> None:
     lacking = missing(name, there)
     if Need.BATCH_LOG in lacking:
         raise NoBatchLogError(
-            f"{name} needs {Need.BATCH_LOG}, which was not kept; set batch-log before training"
+            f"{name} needs {Need.BATCH_LOG}, which was not kept, or not of plain averages; set "
+            "batch-log, and FedAvg or FedProx as the strategy, before training"
         )
     if Need.CERTIFICATE in lacking:
         raise NotCertifiedError(

@@ -6,7 +6,7 @@ from unlearning.amnesiac import taken_back
 from unlearning.parameters import Parameters
 
 
-def amnesiac(start: Parameters, kept: BatchLog, samples: frozenset[str]) -> Outcome:
+def amnesiac(start: Parameters, kept: BatchLog, samples: frozenset[str], request: str) -> Outcome:
     """Return ``w - Z_k``: the global model without what batches with the samples brought into it.
 
     Parameters
@@ -15,6 +15,8 @@ def amnesiac(start: Parameters, kept: BatchLog, samples: frozenset[str]) -> Outc
         Global model w.
     samples
         Contents of rows (``client.rows``).
+    request
+        What the server calls it by.
 
     Returns
     -------
@@ -24,8 +26,8 @@ def amnesiac(start: Parameters, kept: BatchLog, samples: frozenset[str]) -> Outc
     Raises
     ------
     BatchLogError, RefusedRequestError
-        As ``BatchLog.take_back``; the log is as it was.
+        As ``BatchLog.take_back``.
     """
-    found = kept.take_back(start, samples)
+    found = kept.take_back(start, samples, request)
     metrics = {"batches": found.batches, "first-round": found.first}
     return Outcome(taken_back(start, found.update), metrics)

@@ -77,8 +77,8 @@ class TaskOptions(BaseModel):
     batch_log_precision: Literal["float16", "float32"] = "float16"
     """Of the log; sums are in the model's own."""
     batch_log_limit: int = Field(4096, ge=0)
-    """Megabytes that the log of one client may take; 0 for no limit. The oldest rounds go first,
-    and requests that would need them are refused."""
+    """Megabytes that the logs of one client may take, of all its runs; 0 for no limit. Other runs'
+    logs go first, then the oldest rounds, and requests that would need them are refused."""
 
     @field_validator("refuse")
     @classmethod

@@ -4,6 +4,7 @@ The holders start from the global model and send back what they made of it; the 
 much of it as they weigh in an average: ``w + sum_k p_k (w'_k - w)``.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from strategies.actions import (
     joined,
 )
 from strategies.memory import LastRound, Memory
-from strategies.methods.interface import Situation, Unlearned, sums
+from strategies.methods.interface import Situation, Unlearned
 from strategies.methods.progress import progress_of
 from unlearning import ascent
 from unlearning.errors import (
@@ -31,7 +32,7 @@ from unlearning.errors import (
     RefusedRequestError,
     SecateurError,
 )
-from unlearning.parameters import Parameters, copied, difference, trained_names
+from unlearning.parameters import Parameters, check_finite, copied, difference, trained_names
 from unlearning.partial_updates import merged
 from unlearning.plan import Answer, Ask, Plan
 
@@ -121,20 +122,21 @@ class TakeBack:
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Ask the holders whether they can, then for the model without their batches.
 
+        Their logs lose nothing until all have answered: then the request counts as served, which
+        they are told with the last ask, and, should they miss it, with whatever comes later.
+
         Raises
         ------
         RefusedRequestError
             If it was all taken back before.
         NoBatchLogError
             If a log begins later than its client did.
+        ParametersError
+            If the result is not finite.
         """
         model, selected = situation.model, situation.selection.rows()
-        answers = yield Ask(
-            Batches.action,
-            to=situation.holders,
-            config=Batches(**selected).config(),
-            everybody=True,
-        )
+        check = Batches(**selected).config()
+        answers = yield Ask(Batches.action, to=situation.holders, config=check, everybody=True)
         holding = [answer for answer in answers if answer.metrics.get("rows", 0) > 0]
         if not holding:
             raise RefusedRequestError(
@@ -142,12 +144,13 @@ class TakeBack:
                 "rows left to take back"
             )
         for answer in holding:
-            check_whole(answer, situation.memory.first_rounds.get(answer.client))
+            check_whole(answer, situation.memory)
+        asked, request = tuple(answer.client for answer in holding), named(situation)
         answers = yield Ask(
             Amnesiac.action,
-            to=tuple(answer.client for answer in holding),
+            to=asked,
             arrays=model,
-            config=Amnesiac(**selected).config(),
+            config=Amnesiac(**selected, request=request).config(),
             everybody=True,
         )
         result, batches = copied(model), 0
@@ -157,17 +160,39 @@ class TakeBack:
                 if name in trained:
                     result[name] += moved
             batches += int(answer.metrics.get("batches", 0))
-        told = {"batches": batches, "holders": len(answers)}
-        return Unlearned(result, settings=told, warnings=sums(situation, self.name))
+        check_finite(result)
+        situation.memory.taken_back += (request,)
+        answers = yield Ask(Batches.action, to=asked, config=check)
+        left = [answer.client for answer in answers if answer.metrics.get("rows", 0) > 0]
+        told = {"batches": batches, "holders": len(asked)}
+        warnings = (f"not deleted: {', '.join(left)} can still take back the same",) if left else ()
+        return Unlearned(result, settings=told, warnings=warnings)
 
 
-def check_whole(answer: Answer, joined_in: int | None) -> None:
-    """Raise ``NoBatchLogError`` if a client's log begins after the round that it joined in."""
-    first = int(answer.metrics.get("first-round", 0))
+def named(situation: Situation) -> str:
+    """Return what a request is called: the same only for the same rows in the same round."""
+    text = repr(sorted(situation.selection.rows().items()))
+    return f"{situation.number}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def check_whole(answer: Answer, memory: Memory) -> None:
+    """Raise ``NoBatchLogError`` if a client's log does not tell of all rounds that it took part in.
+
+    It may begin later than its client did, or tell of training that did not count, or that the
+    model was made of otherwise.
+    """
+    client, first = answer.client, int(answer.metrics.get("first-round", 0))
+    joined_in = memory.first_rounds.get(client)
     if joined_in is not None and first > joined_in:
         raise NoBatchLogError(
-            f"the batch log of {answer.client} begins in round {first}, and it took part from "
+            f"the batch log of {client} begins in round {first}, and it took part from "
             f"round {joined_in} on: what came before cannot be taken back; ask for another method"
+        )
+    if client in memory.unlogged:
+        raise NoBatchLogError(
+            f"the batch log of {client} is of no use from round {memory.unlogged[client]} on: a "
+            "request that trained beside the rounds, or played them again, wrote over it; ask for "
+            "another method"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from strategies import messages
 from strategies.actions import Action, Noisy, Rapid, Rcad, Selection, checked
 from strategies.memory import Memory
-from strategies.methods.interface import Situation, Unlearned, done
+from strategies.methods.interface import Method, Situation, Unlearned, done
 from unlearning import retraining
 from unlearning.errors import MissingNeedError, RefusedRequestError, SecateurError
 from unlearning.parameters import Parameters
@@ -137,6 +137,11 @@ class Retrain:
         if origin is None or memory.initial is None:
             raise MissingNeedError(f"{self.name} needs the initial model; it was not remembered")
         return origin if self.rollback and not remembers else (0, memory.initial)
+
+
+def plays_as_ever(method: Method) -> bool:
+    """Say whether a method plays rounds again by the federation's own training and average."""
+    return isinstance(method, Retrain) and method.step is None
 
 
 def rapid(share: float = 0.5, **settings: Any) -> Retrain:

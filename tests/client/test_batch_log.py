@@ -1,6 +1,7 @@
 """The batch log on disk against amnesiac unlearning in memory (methods 6.1, 6.2, 6.6)."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from client.batch_files import BatchLogError, Way, decoded, encoded, key
 from client.batch_log import INDEX, BatchLog
 from client.forgetting.amnesiac import amnesiac
 from client.rows import content_hashes
-from client.storage import KeepingError
+from client.storage import KeepingError, locked
 from client.task.evaluation import numbered_batches
 from client.train import Job, do
 from strategies.messages import LocalTraining
@@ -70,10 +71,10 @@ def trained(log, rounds=2, *, shares=None, examples=EXAMPLES):
     model = initial()
     for number in range(1, rounds + 1):
         if number > 1 and shares is not None:
-            log.told(shares[number - 2], number)
+            log.told({number - 1: shares[number - 2]})
         model, _ = do(job(number, log, examples), model)
     if shares is not None:
-        log.told(shares[rounds - 1])
+        log.told({rounds: shares[rounds - 1]})
     return model
 
 
@@ -143,7 +144,7 @@ def test_a_full_log_takes_back_what_amnesiac_unlearning_does_bit_for_bit(tmp_pat
     model = trained(log, shares=shares, examples=examples)
     assert same(model, trained(memory, examples=examples))
     expected, removed = contribution(model, memory.shared(shares), wanted)
-    found = log.take_back(model, wanted)
+    found = log.take_back(model, wanted, "r")
     assert same(found.update, expected)
     assert (found.batches, found.first) == (len(removed.batches), 1)
     assert 4 <= found.batches <= 8  # two rows, each in one of three batches of every epoch
@@ -154,21 +155,21 @@ def test_nothing_dropped_is_a_full_log_bit_for_bit(tmp_path):
     updates = []
     for kind in ("full", "random", "magnitude", "global"):
         log = replace(full(tmp_path / kind), kind=kind, first=0.0, last=0.0)
-        updates.append(log.take_back(trained(log, shares=[1.0, 1.0]), wanted).update)
+        updates.append(log.take_back(trained(log, shares=[1.0, 1.0]), wanted, "r").update)
     assert all(same(updates[0], other) for other in updates[1:])
 
 
 def test_everything_dropped_leaves_the_model_as_it_is(tmp_path):
     log = replace(full(tmp_path), kind="random", first=1.0, last=1.0)
     model = trained(log, shares=[1.0, 1.0])
-    assert same(amnesiac(model, log, EVERY).arrays, model)
+    assert same(amnesiac(model, log, EVERY, "r").arrays, model)
 
 
 def test_one_client_alone_that_forgets_all_is_back_where_it_began(tmp_path):
     for precision, tolerance in (("float32", 1e-4), ("float16", 1e-2)):
         log = replace(full(tmp_path / precision), precision=precision)
         model = trained(log, shares=[1.0, 1.0])
-        outcome = amnesiac(model, log, EVERY)
+        outcome = amnesiac(model, log, EVERY, "r")
         start = initial()
         moved = [name for name in start if "running" not in name and "num_" not in name]
         assert any(not torch.allclose(model[n], start[n], atol=tolerance) for n in moved)
@@ -230,10 +231,21 @@ def test_a_step_too_large_for_half_precision_is_told_and_logs_nothing(tmp_path):
     with pytest.raises(ParametersError, match="not finite"):
         do(wild, initial())
     with pytest.raises(BatchLogError, match="no batch is logged"):
-        log.take_back(initial(), EVERY)
+        log.take_back(initial(), EVERY, "r")
 
 
 # ---------------------------------------------------------------- requests
+def served(log, model, samples, request="r"):
+    """Take back, and be told that it was used."""
+    found = log.take_back(model, samples, request)
+    log.told({}, [request])
+    return found
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.glob("round*"))
+
+
 def test_what_was_removed_is_refused_passed_over_and_deleted(tmp_path):
     log, memory, shares = full(tmp_path), InMemory(), [1.0, 1.0]
     model = trained(log, shares=shares)
@@ -241,32 +253,98 @@ def test_what_was_removed_is_refused_passed_over_and_deleted(tmp_path):
     one, two = frozenset(HASHES[:1]), frozenset(HASHES[:2])
     first, removed = contribution(model, memory.shared(shares), one)
     assert log.check(two) == (2, 1)
-    assert same(log.take_back(model, one).update, first)
+    assert same(served(log, model, one, "r1").update, first)
     assert (log.check(one), log.check(two)) == ((0, 0), (1, 1))
-    held = sum(path.stat().st_size for path in tmp_path.glob("round*"))
+    held = size_of(tmp_path)
     with pytest.raises(RefusedRequestError, match="already removed"):
-        log.take_back(model, one)
+        log.take_back(model, one, "r2")
     rest, _ = contribution(model, memory.shared(shares), two - one, removed)
-    assert same(log.take_back(model, two).update, rest)
+    assert same(served(log, model, two, "r3").update, rest)
     with pytest.raises(RefusedRequestError, match="already removed"):
-        log.take_back(model, two)
-    assert sum(path.stat().st_size for path in tmp_path.glob("round*")) < held
+        log.take_back(model, two, "r3")
+    assert size_of(tmp_path) < held
+
+
+def test_until_it_is_told_that_it_was_used_a_log_says_the_same_again(tmp_path):
+    log = full(tmp_path)
+    model = trained(log, shares=[0.25, 0.5])
+    wanted = frozenset(HASHES[:2])
+    held, first = size_of(tmp_path), log.take_back(model, wanted, "r1")
+    for request, others in (("r1", []), ("r2", ["r1x", "r0"]), ("r3", ["r1", "r2"])):
+        log.told({}, others)  # of what was answered before, the last alone may have been used
+        if "r2" in others:
+            break
+        assert log.check(wanted) == (2, 1)
+        assert same(log.take_back(model, wanted, request).update, first.update)
+        assert size_of(tmp_path) == held
+    assert log.check(wanted) == (0, 0)
+    assert size_of(tmp_path) < held
+    log.told({}, ["r1", "r2"])  # as often as one likes
+    assert log.check(EVERY) == (20, 1)
+
+
+def test_who_missed_that_it_was_used_does_not_subtract_it_again(tmp_path):
+    # One row, then another of the same batches: what both were in is subtracted once.
+    memory, shares = InMemory(), [0.25, 0.5]
+    trained(memory)
+    one, both = frozenset(HASHES[:1]), EVERY
+    log = full(tmp_path)
+    model = trained(log, shares=shares)
+    log.take_back(model, one, "r1")
+    log = full(tmp_path)  # the client starts anew, and hears of r1 with the next request
+    log.told({}, ["r1"])
+    _, removed = contribution(model, memory.shared(shares), one)
+    rest, _ = contribution(model, memory.shared(shares), both - one, removed)
+    assert same(log.take_back(model, both, "r2").update, rest)
+
+
+def test_what_is_trained_on_since_is_no_part_of_what_was_used(tmp_path):
+    log = full(tmp_path)
+    model = trained(log, shares=[1.0, 1.0])
+    log.take_back(model, EVERY, "r1")
+    do(job(3, log), model)
+    log.told({3: 1.0}, ["r1"])
+    assert log.check(EVERY) == (22, 1)
+    assert log.take_back(model, EVERY, "r2").batches == 6
+
+
+@pytest.mark.parametrize(("number", "left"), [(1, 6), (2, 6)])
+def test_rounds_that_are_played_again_are_no_part_of_what_was_used(tmp_path, number, left):
+    log = full(tmp_path)
+    model = trained(log, shares=[1.0, 1.0])
+    log.take_back(model, EVERY, "r1")
+    do(job(number, log), initial())  # with the same number as one of those that it answered for
+    log.told({number: 1.0}, ["r1"])
+    assert log.take_back(model, EVERY, "r2").batches == left
+
+
+def test_what_is_used_is_deleted_also_where_files_are_damaged(tmp_path, caplog):
+    log = full(tmp_path)
+    model = trained(log, shares=[1.0, 1.0])
+    log.take_back(model, frozenset(HASHES[:1]), "r1")
+    (path,) = tmp_path.glob("round-0001*")
+    path.write_bytes(b"")
+    log.told({}, ["r1"])
+    assert "updates of round 1 are dropped" in caplog.text
+    assert not list(tmp_path.glob("round-0001*"))
+    with pytest.raises(BatchLogError, match="round 1 are needed"):
+        log.check(EVERY)
 
 
 def test_rows_trained_on_again_can_be_removed_again(tmp_path):
     log = full(tmp_path)
     model = trained(log, shares=[1.0, 1.0])
-    log.take_back(model, EVERY)
+    served(log, model, EVERY, "r1")
     model, _ = do(job(3, log), model)
-    log.told(1.0)
-    assert log.take_back(model, EVERY).batches == 6
+    log.told({3: 1.0})
+    assert log.take_back(model, EVERY, "r2").batches == 6
 
 
 def test_rows_of_others_take_nothing_back(tmp_path):
     log = full(tmp_path)
     model = trained(log, shares=[1.0, 1.0])
     for samples in (frozenset(), frozenset({"0" * 64})):
-        outcome = amnesiac(model, log, samples)
+        outcome = amnesiac(model, log, samples, "r")
         assert same(outcome.arrays, model)
         assert outcome.metrics["batches"] == 0
 
@@ -274,15 +352,14 @@ def test_rows_of_others_take_nothing_back(tmp_path):
 def test_without_the_clients_share_a_request_is_refused_and_later_served(tmp_path):
     log = full(tmp_path)
     model = trained(log)
-    for told, unknown in ((None, "rounds 1, 2"), ((1.0, 2), "round 2")):
-        if told is not None:
-            log.told(*told)
-        for ask in (lambda: log.check(EVERY), lambda: log.take_back(model, EVERY)):
+    for told, unknown in (({}, "rounds 1, 2"), ({3: 0.5}, "rounds 1, 2"), ({1: 1.0}, "round 2")):
+        log.told(told)
+        for ask in (lambda: log.check(EVERY), lambda: log.take_back(model, EVERY, "r")):
             with pytest.raises(BatchLogError, match=f"share unknown of {unknown}:"):
                 ask()
-    log.told(0.0)
-    log.told(1.0)  # once told, it stays
-    zero_second = log.take_back(model, EVERY).update
+    log.told({2: 1.0})
+    log.told({1: 1.0, 2: 0.0})  # what was told last counts
+    zero_second = log.take_back(model, EVERY, "r").update
     expected, _ = contribution(model, _memory([1.0, 0.0]), EVERY)
     assert same(zero_second, expected)
 
@@ -296,33 +373,74 @@ def _memory(shares):
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_is_one(tmp_path, share):
     with pytest.raises(BatchLogError, match=re.escape("must lie in [0, 1]")):
-        full(tmp_path).told(share)
+        full(tmp_path).told({1: share})
 
 
 def test_a_repeated_round_replaces_itself_and_all_after_it(tmp_path):
     log = full(tmp_path / "log")
     trained(log, 3, shares=[0.5, 0.5, 0.5])
     again, _ = do(job(2, log), initial())
-    log.told(0.25)
+    log.told({2: 0.25})
     fresh = full(tmp_path / "fresh")
     do(job(1, fresh), initial())
-    fresh.told(0.5)
+    fresh.told({1: 0.5})
     do(job(2, fresh), initial())
-    fresh.told(0.25)
-    assert same(log.take_back(again, EVERY).update, fresh.take_back(again, EVERY).update)
+    fresh.told({2: 0.25})
+    assert same(log.take_back(again, EVERY, "r").update, fresh.take_back(again, EVERY, "r").update)
 
 
-def test_another_run_is_another_model(tmp_path):
-    log = full(tmp_path, run="1")
-    trained(log, 2, shares=[1.0, 1.0])
-    other = replace(log, run="2")
-    model, _ = do(job(3, other), initial())
-    other.told(1.0)
-    with pytest.raises(BatchLogError, match="rounds 1, 2 are needed"):
-        other.take_back(model, EVERY)
-    do(job(1, other), initial())  # that run from its beginning
-    other.told(1.0)
-    assert other.take_back(model, EVERY).batches == 6
+def test_runs_in_one_folder_know_nothing_of_one_another(tmp_path):
+    one, other = (full(tmp_path, run=run) for run in ("1", "2"))
+    model = trained(one, 2, shares=[1.0, 1.0])
+    apart = full(tmp_path / "apart")
+    expected = apart.take_back(trained(apart, 2, shares=[1.0, 1.0]), EVERY, "r")
+    with pytest.raises(BatchLogError, match="no batch is logged"):
+        other.check(EVERY)
+    # The other trains in between, in rounds of the same numbers, and takes all of it back.
+    trained(other, 1, shares=[0.25])
+    assert other.take_back(model, EVERY, "r").batches == 6
+    found = one.take_back(model, EVERY, "r")
+    assert same(found.update, expected.update)
+    assert (found.batches, found.first) == (12, 1)
+
+
+def test_ending_a_log_ends_that_of_its_run(tmp_path):
+    one, other = (full(tmp_path, run=run) for run in ("1", "2"))
+    for log in (one, other):
+        trained(log, 1, shares=[1.0])
+    one.end()
+    with pytest.raises(BatchLogError, match="round 1 are needed"):
+        one.check(EVERY)
+    assert other.check(EVERY) == (22, 1)
+
+
+def test_the_logs_of_other_runs_are_given_up_oldest_first_to_stay_within_the_limit(
+    tmp_path, caplog
+):
+    size = files_size(tmp_path / "one", full(tmp_path / "one"))
+    limit = int(3.5 * size)
+    logs = [full(tmp_path / "log", run=run, limit=limit) for run in ("a", "b", "c", "d")]
+    for place, log in enumerate(logs[:3]):
+        trained(log, 1, shares=[1.0])
+        os.utime(log.home / INDEX, ns=(place, place))
+    assert "dropped" not in caplog.text  # three fit
+    with locked(logs[0].home):  # in use: the next one goes
+        trained(logs[3], 1, shares=[1.0])
+    assert "the log of run b is dropped" in caplog.text
+    assert [(log.home / INDEX).exists() for log in logs] == [True, False, True, True]
+    assert sum(path.stat().st_size for path in tmp_path.glob("log/*/*.safetensors")) <= limit
+    with pytest.raises(BatchLogError, match="no batch is logged"):
+        logs[1].check(EVERY)
+    # Its own rounds go only where there is nothing else.
+    for number in (2, 3):
+        do(job(number, logs[3]), initial())
+    assert [(log.home / INDEX).exists() for log in logs] == [False, False, False, True]
+    assert "updates of round" not in caplog.text
+
+
+def files_size(folder, log):
+    trained(log, 1)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 # ---------------------------------------------------------------- limits and faults
@@ -333,10 +451,10 @@ def test_a_full_log_drops_its_oldest_rounds_and_says_which_are_missed(tmp_path, 
     model = trained(log, 3, shares=[1.0, 1.0, 1.0])
     assert "updates of round 1 are dropped" in caplog.text
     with pytest.raises(BatchLogError, match="batches of round 1 are needed"):
-        log.take_back(model, frozenset(HASHES[:1]))
+        log.take_back(model, frozenset(HASHES[:1]), "r")
     do(job(4, log, late), model)  # was in none of the rounds dropped, here and now also 2
-    log.told(1.0)
-    assert log.take_back(model, frozenset(content_hashes(late))).batches == 2
+    log.told({4: 1.0})
+    assert log.take_back(model, frozenset(content_hashes(late)), "r").batches == 2
     held = sum(path.stat().st_size for path in (tmp_path / "log").glob("round*"))
     assert held <= 2.5 * size
 
@@ -353,9 +471,9 @@ def test_a_round_that_does_not_fit_is_trained_and_missed(tmp_path, caplog, monke
     assert same(model, do(job(1), initial())[0])
     assert "too small for round 1" in caplog.text
     assert not list(tmp_path.glob("round*"))
-    log.told(1.0)
+    log.told({1: 1.0})
     with pytest.raises(BatchLogError, match="round 1 are needed"):
-        log.take_back(model, EVERY)
+        log.take_back(model, EVERY, "r")
 
 
 def test_parts_make_no_difference(tmp_path, monkeypatch):
@@ -366,7 +484,10 @@ def test_parts_make_no_difference(tmp_path, monkeypatch):
     parts = full(tmp_path / "parts")
     trained(parts, shares=shares)
     assert len(list((tmp_path / "parts").glob("round*"))) == 12
-    assert same(whole.take_back(model, wanted).update, parts.take_back(model, wanted).update)
+    assert same(
+        whole.take_back(model, wanted, "r").update, parts.take_back(model, wanted, "r").update
+    )
+    parts.told({}, ["r"])
     assert len(list((tmp_path / "parts").glob("round*"))) == 8  # one batch of each epoch is gone
 
 
@@ -383,19 +504,19 @@ def test_a_damaged_file_is_told_and_nothing_is_removed(tmp_path, what, how):
         half = len(content) // 2
         path.write_bytes(content[:half] if how == "cut" else
                          content[:-1] + bytes([content[-1] ^ 1]))  # fmt: skip
-    for ask in (lambda: log.check(EVERY), lambda: log.take_back(model, EVERY)):
+    for ask in (lambda: log.check(EVERY), lambda: log.take_back(model, EVERY, "r")):
         with pytest.raises(BatchLogError, match=re.escape(str(path))):
             ask()
     assert (tmp_path / INDEX).read_bytes() == index
     path.write_bytes(content)
-    assert log.take_back(model, EVERY).batches == 12
+    assert log.take_back(model, EVERY, "r").batches == 12
 
 
 def test_a_damaged_index_stops_training_and_requests(tmp_path):
     log = full(tmp_path)
     model = trained(log, shares=[1.0, 1.0])
     (tmp_path / INDEX).write_text("{}")
-    for act in (lambda: log.take_back(model, EVERY), lambda: do(job(3, log), model)):
+    for act in (lambda: log.take_back(model, EVERY, "r"), lambda: do(job(3, log), model)):
         with pytest.raises(KeepingError, match="is damaged"):
             act()
 
@@ -418,5 +539,5 @@ def test_a_round_that_breaks_off_is_not_there_and_leaves_no_files(tmp_path, monk
     with pytest.raises(ValueError, match="no more"):
         do(replace(job(2, log), task=Breaking()), model)
     assert sorted(tmp_path.glob("*.safetensors")) != files
-    found = log.take_back(model, frozenset())
-    assert (found.batches, sorted(tmp_path.glob("*.safetensors"))) == (0, files)
+    log.take_back(model, frozenset(HASHES[:1]), "r")
+    assert sorted(tmp_path.glob("*.safetensors")) == files

@@ -20,14 +20,14 @@ from server.cli import main
 from server.federation import initial_model
 from simulation.engines.inprocess import InProcessGrid
 from strategies import messages
-from strategies.actions import Amnesiac, Ffmu, Forget, Rapid, named
+from strategies.actions import Amnesiac, Batches, Ffmu, Forget, Rapid, named
 from strategies.exchange import Reply
 from strategies.screen import missing
 
 SETTINGS = {"task": "digits", "model": "mlp", "examples": 90}
 CLIENTS = 3
 CLASS_3 = Forget(forget="class", forget_class=3).config()
-ALL = Amnesiac(forget="all").config()
+ALL = Amnesiac(forget="all", request="r").config()
 
 
 def start():
@@ -51,6 +51,11 @@ def ask(grid, action, config, model=None, node=0):
         content[messages.ARRAYS] = messages.record_from(model)
     (reply,) = grid.send_and_receive([Message(content, list(grid.get_node_ids())[node], action)])
     return reply
+
+
+def shared(shares):
+    """What a message says of shares by round."""
+    return {"share": list(shares.values()), "share-round": list(shares)}
 
 
 def train(grid, number, model=None, **config):
@@ -234,7 +239,7 @@ def test_a_log_changes_no_model_and_takes_all_back(tmp_path, batch):
                                       "batch-log-precision": "float32"})  # fmt: skip
     plain = grid_for(batch=False)
     model = start()
-    for number, share in ((1, {}), (2, {"share": 1.0})):
+    for number, share in ((1, {}), (2, shared({1: 1.0}))):
         config = {"local-epochs": 2, "momentum": 0.9, **share}
         expected = messages.parameters_from(train(plain, number, model, **config).content["arrays"])
         model = messages.parameters_from(train(logged, number, model, **config).content["arrays"])
@@ -242,10 +247,15 @@ def test_a_log_changes_no_model_and_takes_all_back(tmp_path, batch):
     refused = ask(logged, "train.amnesiac", ALL, model)
     assert messages.is_refusal(refused)
     assert "share unknown of round 2" in refused.error.reason
-    reply = ask(logged, "train.amnesiac", {**ALL, "share": 1.0}, model)
+    reply = ask(logged, "train.amnesiac", {**ALL, **shared({2: 1.0})}, model)
     back = messages.parameters_from(reply.content["arrays"])
     assert all(torch.allclose(back[n], t, atol=1e-4, rtol=0) for n, t in start().items())
     assert dict(reply.content["metrics"]).keys() == {"batches", "first-round", "num-examples"}
+    repeated = ask(logged, "train.amnesiac", ALL, model)
+    again = messages.parameters_from(repeated.content["arrays"])
+    assert all(torch.equal(again[name], tensor) for name, tensor in back.items())
+    told = ask(logged, "query.batches", {**ALL, "taken-back": ["q", "r"]})
+    assert told.content["metrics"]["rows"] == 0
     again = ask(logged, "train.amnesiac", ALL, model)
     assert again.error.reason == "refused: already removed: all rows of this request"
 
@@ -258,15 +268,26 @@ def test_a_client_without_a_log_refuses_amnesiac_unlearning(tmp_path, batch):
     assert "no batch is logged" in reply.error.reason
 
 
+@pytest.mark.parametrize("log", ["off", "random"])
+def test_who_holds_nothing_of_what_is_asked_for_needs_no_log(tmp_path, log):
+    grid = grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": log})
+    others = Batches(forget="samples", forget_tokens="0" * 32).config()
+    reply = ask(grid, "query.batches", others)
+    assert dict(reply.content["metrics"]) == {"rows": 0, "first-round": 0, "num-examples": 1}
+    refused = ask(grid, "query.batches", {**ALL, "forget": "class", "forget-class": 3})
+    assert messages.is_refusal(refused)
+    assert "no batch is logged" in refused.error.reason
+
+
 def test_rounds_without_a_log_end_it(tmp_path):
     logged, off = (
         grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": kind})
         for kind in ("random", "off")
     )
     train(logged, 1)
-    train(off, 2, share=1.0)
+    train(off, 2, **shared({1: 1.0}))
     train(logged, 3)
-    reply = ask(logged, "train.amnesiac", {**ALL, "share": 1.0}, start())
+    reply = ask(logged, "train.amnesiac", {**ALL, **shared({1: 1.0, 3: 1.0})}, start())
     assert messages.is_refusal(reply)
     assert "batches of round 1 are needed" in reply.error.reason
 
@@ -275,28 +296,24 @@ def test_rounds_without_a_log_end_it(tmp_path):
 def test_training_of_another_kind_which_is_not_logged_ends_it(tmp_path, action):
     grid = grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": "random"})
     train(grid, 1)
-    ready = ask(grid, "query.batches", {**ALL, "share": 1.0})
+    ready = ask(grid, "query.batches", {**ALL, **shared({1: 1.0})})
     assert count(ready) == 1
     told = ready.content["metrics"]
     assert (told["first-round"], told["rows"]) == (1, count(train(grid, 2)))
     ask(grid, action.action, {"server-round": 3, **action.config()}, start())
     for question in ("query.batches", "train.amnesiac"):
-        reply = ask(grid, question, {**ALL, "share": 1.0}, start())
+        reply = ask(grid, question, {**ALL, **shared({1: 1.0, 2: 1.0})}, start())
         assert messages.is_refusal(reply)
         assert "batches of rounds 1, 2 are needed and no longer there" in reply.error.reason
 
 
-def test_a_share_belongs_to_the_round_before_the_message_that_it_came_with(tmp_path):
+def test_a_share_is_of_the_round_that_it_names(tmp_path):
     grid = grid_for(batch=False, **{"client-dir": str(tmp_path), "batch-log": "random"})
-    for number, config in (
-        (1, {}),
-        (2, {}),
-        (2, {"share": 0.25}),
-        (3, {"share": 0.5}),
-    ):
-        train(grid, number, **config)
-    index = json.loads((tmp_path / "0/batches/index.json").read_text())["content"]
-    assert [entry["share"] for entry in index["rounds"]] == [0.25, 0.5, None]
+    for number, shares in ((1, {}), (2, {}), (2, {1: 0.25}), (3, {}), (5, {2: 0.5, 4: 0.75})):
+        train(grid, number, **(shared(shares) if shares else {}))
+    index = json.loads((tmp_path / "0/batches/1/index.json").read_text())["content"]
+    assert {entry["number"]: entry["share"] for entry in index["rounds"]} == {
+        1: 0.25, 2: 0.5, 3: None, 5: None}  # fmt: skip
 
 
 def test_a_log_without_a_folder_is_no_log(tmp_path):

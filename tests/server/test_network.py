@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from flwr.serverapp.strategy import FedAvg
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -20,14 +21,17 @@ from server.federation import (
     staying,
 )
 from server.settings import Settings, read_settings
+from strategies.averaging import is_plain_mean
 from strategies.methods.interface import UNKNOWN, Network
 from strategies.methods.masks import MASKS
 from strategies.methods.settings import MethodSettingsError
 from strategies.recovery import VALIDATION
 from tests.client.forgetting.small import Regression, Small
 from unlearning.ascent import DRAWN
-from unlearning.catalogue import Need
+from unlearning.catalogue import Need, Target
 from unlearning.channel_masks import Convolution
+from unlearning.errors import NoBatchLogError
+from unlearning.routing import Request
 
 
 def digits(model, **more):
@@ -130,6 +134,31 @@ def test_a_federation_offers_what_its_task_and_clients_have(model, log, tmp_path
         assert made.forgetting.methods[name].name == name
 
 
+@pytest.mark.parametrize(
+    "strategy", ["fedavg", "fedprox", "fedmedian", "fedadam", "ffmu", "ffmu-n"]
+)
+def test_a_batch_log_counts_only_where_clients_have_shares_of_the_model(strategy, tmp_path, caplog):
+    settings, task = digits("mlp", **{"batch-log": "random", "client-dir": str(tmp_path),
+                                      "strategy": strategy, "ready-methods": "amnesiac"})  # fmt: skip
+    made = build_federation(settings, initial_model(task, 0), task)
+    averages = strategy in ("fedavg", "fedprox")
+    assert (Need.BATCH_LOG in made.forgetting.offers) == averages
+    assert ("batch logs are of no use" in caplog.text) == (not averages)
+    asked = Request(Target.SAMPLES, (), "privacy", tokens=("0" * 32,), guarantee="approximate",
+                    method="amnesiac")  # fmt: skip
+    if averages:
+        assert made.route(asked).method == "amnesiac"
+        return
+    with pytest.raises(NoBatchLogError, match="or not of plain averages"):
+        made.route(asked)
+    assert made.route(dataclasses.replace(asked, method=None)).method == "fisher-mask"
+
+
+def test_a_mean_by_weights_of_ones_own_is_no_plain_one():
+    assert is_plain_mean(FedAvg())
+    assert not is_plain_mean(FedAvg(weighted_by_key="loss"))
+
+
 def test_without_the_task_no_method_knows_channels():
     settings, task = digits("cnn")
     assert build_methods(settings, initial_model(task, 0))["tfidf"].network == Network()
@@ -154,20 +183,20 @@ def test_pga_measures_by_ten_models_that_are_neither_round_0s_nor_each_others():
     assert not list(build_methods(settings, start)["pga"].drawn())
 
 
-# ---------------------------------------------------------------- recovery without a class
 def test_settings_of_methods_reach_the_methods_of_a_federation():
     task = load_task(read_settings({}).task_options())
     text = "fisher-mask.rate=0.02,ascent.epochs=3"
     built = build_methods(read_settings({"method-settings": text}), initial_model(task, 0))
     usual = build_methods(read_settings({}), initial_model(task, 0))
     assert built["fisher-mask"].rate == 0.02
-    assert built["ascent"].settings == {"epochs": 3}
+    assert built["ascent"].settings == {**usual["ascent"].settings, "epochs": 3}
     changed = {name for name in built if built[name] != usual[name]}
     assert changed == {"fisher-mask", "ascent"}
     with pytest.raises(MethodSettingsError, match="no method 'mask' has settings"):
         build_methods(Settings.model_construct(method_settings="mask.rate=1"), task.build_model())
 
 
+# ---------------------------------------------------------------- recovery without a class
 def test_rows_of_other_classes_stay():
     targets = torch.tensor([3, 0, 3, 7, 1])
     outputs = torch.arange(10.0).reshape(5, 2)

@@ -532,22 +532,27 @@ def test_a_class_that_there_is_none_of_is_refused_before_anybody_is_asked(name):
 
 # ---------------------------------------------------------------- shares
 def shares(clients, action="train"):
-    """Return, round by round, what every client was told."""
+    """Return, round by round, what every client was told: its shares by round."""
     found = {}
     for kind, node, config in clients.told:
         if kind == action:
-            found.setdefault(config["server-round"], {})[node] = config.get("share")
+            told = dict(zip(config.get("share-round", ()), config.get("share", ()), strict=True))
+            found.setdefault(config["server-round"], {})[node] = told
     return found
 
 
+def weighed(number, *without):
+    """Clients send 10 + k examples: the share of client k among all is (10 + k) / 60."""
+    there = [k for k in range(CLIENTS) if k not in without]
+    whole = sum(10 + k for k in there)
+    return {k: {number: pytest.approx((10 + k) / whole if k in there else 0)}
+            for k in range(CLIENTS)}  # fmt: skip
+
+
 def test_clients_are_told_what_their_update_weighed():
-    # Clients send 10 + k examples: the share of client k among all is (10 + k) / 60.
     clients = Clients()
     play(made(ascending()), clients.grid, 3)
-    found = shares(clients)
-    assert found[1] == dict.fromkeys(range(CLIENTS))  # nothing before the first round
-    for number in (2, 3):
-        assert found[number] == pytest.approx({k: (10 + k) / 60 for k in range(CLIENTS)})
+    assert shares(clients) == {1: {k: {} for k in range(CLIENTS)}, 2: weighed(1), 3: weighed(2)}
 
 
 def failing(clients, number, partition):
@@ -572,9 +577,22 @@ def test_an_update_that_was_not_used_has_no_share():
     failing(clients, 2, 4)
     play(made(ascending()), clients.grid, 4)
     found = shares(clients)
-    assert found[2][4] == pytest.approx(14 / 60)
-    assert found[3] == pytest.approx({0: 10 / 46, 1: 11 / 46, 2: 12 / 46, 3: 13 / 46, 4: 0.0})
-    assert found[4] == pytest.approx({k: (10 + k) / 60 for k in range(CLIENTS)})
+    # It may not have got the message of round 2, and so is told of round 1 once more.
+    again = weighed(2, 4) | {4: {1: pytest.approx(14 / 60), 2: 0.0}}
+    assert found == {1: found[1], 2: weighed(1), 3: again, 4: weighed(3)}
+
+
+def test_who_is_away_for_long_is_told_of_every_round_that_asked_it():
+    clients = Clients()
+    wrapped = made(ascending())
+    _, models = play(wrapped, clients.grid, 2)
+    for number in (3, 4, 5):
+        failing(clients, number, 4)
+    play(wrapped, clients.grid, 7, played=2, model=models[-1])
+    found = shares(clients)
+    missed = {2: pytest.approx(14 / 60), 3: 0.0, 4: 0.0, 5: 0.0}
+    assert found[6][4] == missed
+    assert found[7] == weighed(6)
 
 
 def test_a_step_is_told_the_share_of_the_round_before_it():
@@ -582,8 +600,8 @@ def test_a_step_is_told_the_share_of_the_round_before_it():
     failing(clients, 4, 4)
     requested(clients, MAKE["amnesiac"]())
     for action in ("query.forget", "train.amnesiac"):
-        expected = {0: 10 / 46, 1: 11 / 46, 2: 12 / 46, 3: 13 / 46, 4: 0.0}
-        assert shares(clients, action) == {4: pytest.approx(expected)}
+        expected = weighed(4, 4) | {4: {3: pytest.approx(14 / 60), 4: 0.0}}
+        assert shares(clients, action) == {4: expected}
 
 
 def test_who_sat_out_is_told_its_share_of_the_round_that_it_entered():
@@ -594,10 +612,9 @@ def test_who_sat_out_is_told_its_share_of_the_round_that_it_entered():
     for number in sorted(told):
         asked = told[number]
         for node, share in asked.items():
-            expected = last.get(node)
-            assert share == (None if expected is None else pytest.approx(expected))
+            assert share == last.get(node, {})
         weight = sum(10 + node for node in asked)
-        last |= {node: (10 + node) / weight for node in asked}
+        last |= {node: {number: pytest.approx((10 + node) / weight)} for node in asked}
     assert len(last) > 0
 
 

@@ -26,7 +26,15 @@ from strategies.actions import (
 )
 from strategies.methods.catalogue import MAKE
 from strategies.methods.dropping import NothingHeldError, after_dropping
-from strategies.methods.holders import Ball, Holders, TakeBack, ascending, flipping, macforget
+from strategies.methods.holders import (
+    Ball,
+    Holders,
+    TakeBack,
+    ascending,
+    flipping,
+    macforget,
+    named,
+)
 from strategies.methods.interface import Unlearned, done
 from strategies.methods.retraining import ReplayError, Retrain, noisy, rapid, rcad
 from tests.strategies.canned import (
@@ -195,13 +203,19 @@ def test_an_answer_that_is_no_model_is_refused():
 
 
 # ---------------------------------------------------------------- amnesiac
-def logged(*rows, first=1, gone=(0.25, 0.5, 0.0)):
-    """Clients of which each has so many rows left to take back, and Z_k = ``gone[k]``."""
+def logged(*rows, first=1, gone=(0.25, 0.5, 0.0), keeps=()):
+    """Clients of which each has so many rows left to take back, and Z_k = ``gone[k]``.
+
+    Those in ``keeps`` still have them when they are told that it was taken back.
+    """
+    told = []
 
     def reply(who, question):
         number = int(who[-1])
         if question.action == Batches.action:
-            return Answer(who, None, {"rows": rows[number], "first-round": first}, 1)
+            left = rows[number] if who not in told or number in keeps else 0
+            told.append(who)
+            return Answer(who, None, {"rows": left, "first-round": first}, 1)
         answer = {
             name: tensor - gone[number] if tensor.is_floating_point() else tensor
             for name, tensor in question.arrays.items()
@@ -214,8 +228,10 @@ def logged(*rows, first=1, gone=(0.25, 0.5, 0.0)):
 def test_every_holders_batches_are_subtracted_whole():
     # Z = 0.25 and 0.5: w - Z_0 - Z_1 = 1 - 0.75, whatever a holder weighs. The third has no rows.
     start = model() | {BUFFER: torch.tensor([7.0])}
-    found, (checked, asked) = run(
-        TakeBack().plan(situation(waiting((0, 1, 2)), start=start)), logged(2, 1, 0)
+    remembered = memory()
+    found, (checked, asked, told) = run(
+        TakeBack().plan(situation(waiting((0, 1, 2)), start=start, remembered=remembered)),
+        logged(2, 1, 0),
     )
     # Buffers are the server's own.
     assert found.model.pop(BUFFER) == start.pop(BUFFER) == 7
@@ -227,13 +243,48 @@ def test_every_holders_batches_are_subtracted_whole():
     assert checked.to == tuple(map(client, range(3)))
     assert (asked.action, asked.everybody) == ("train.amnesiac", True)
     assert asked.to == tuple(map(client, range(2)))
-    for question in (checked, asked):
-        assert dict(question.config) == Amnesiac(**CLASS.rows()).config()
     assert asked.arrays is start
+    request = asked.config["request"]
+    assert dict(asked.config) == Amnesiac(**CLASS.rows(), request=request).config()
+    # Then those who did are told; what a message to them says of it is not the plan's.
+    assert remembered.taken_back == (request,)
+    assert (told.action, told.to, told.everybody) == ("query.batches", asked.to, False)
+    for question in (checked, told):
+        assert dict(question.config) == Batches(**CLASS.rows()).config()
+    assert found.warnings == ()
+
+
+def test_a_request_is_called_the_same_only_for_the_same_rows_in_the_same_round():
+    def called(selection, **more):
+        return named(replace(situation(waiting((0,), selection)), **more))
+
+    assert called(CLASS) == called(CLASS)
+    assert len({called(CLASS), called(TOKENS), called(CLASS, number=NUMBER + 1)}) == 3
+
+
+def test_nothing_counts_as_taken_back_before_all_have_answered_with_something_finite():
+    remembered = memory()
+
+    def lost(who, question):
+        raise RefusedRequestError(f"no answer to {question.action}")
+
+    for reply, error in (
+        (logged(1, 1, gone=[-3e38, -3e38]), ParametersError),
+        (lambda who, q: (lost if q.action == Amnesiac.action else logged(1, 1))(who, q),
+         RefusedRequestError),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            run(TakeBack().plan(situation(waiting((0, 1)), remembered=remembered)), reply)
+        assert remembered.taken_back == ()
+
+
+def test_who_keeps_what_was_taken_back_is_named():
+    found, _ = run(TakeBack().plan(situation(waiting((0, 1)))), logged(1, 2, keeps=(1,)))
+    assert found.warnings == ("not deleted: client-0001 can still take back the same",)
 
 
 def test_of_who_leaves_everything_is_taken_back():
-    _, (_, asked) = run(
+    _, (_, asked, _) = run(
         TakeBack().plan(situation(waiting((3,), None), active=(0, 1))),
         logged(0, 0, 0, 9, gone=[0] * 4),
     )
@@ -257,10 +308,16 @@ def test_a_log_must_begin_with_its_clients_first_round(first, whole):
         run(plan, logged(0, 1, first=first))
 
 
-def test_where_models_are_no_averages_a_warning_tells():
-    plan = TakeBack().plan(replace(situation(waiting((0,))), averages=False))
-    (warning,) = run(plan, logged(1))[0].warnings
-    assert warning.startswith("not_an_average: amnesiac")
+def test_a_log_that_tells_of_training_that_does_not_count_is_of_no_use():
+    remembered = memory()
+    remembered.unlogged = {client(1): 3}
+    for holder, fails in ((0, False), (1, True)):
+        plan = TakeBack().plan(situation(waiting((holder,)), remembered=remembered))
+        if fails:
+            with pytest.raises(NoBatchLogError, match="client-0001 is of no use from round 3 on"):
+                run(plan, logged(1, 1))
+        else:
+            assert run(plan, logged(1, 1))[0].settings["holders"] == 1
 
 
 # ---------------------------------------------------------------- PGA

@@ -304,6 +304,21 @@ def test_no_more_is_written_aside_than_is_needed(needs, wanted):
         assert memory.last.locals_["a"]["w"].tolist() == [4.0, 4.0]
 
 
+def test_for_logs_every_round_is_wanted_and_no_more_remembered():
+    memory = Memory([])
+    memory.start(MODEL)
+    rewriting = Rewriting(memory, 2, logged=True)
+    for number in (1, 2):
+        assert rewriting.wants(number)
+        sent = [
+            Answer(who, {"w": torch.ones(2)}, num_examples=n) for who, n in (("a", 1), ("b", 3))
+        ]
+        rewriting.note(number, MODEL, sent)
+    assert rewriting.shares == {1: {"a": 0.25, "b": 0.75}, 2: {"a": 0.25, "b": 0.75}}
+    assert (rewriting.aside.last, rewriting.aside.history) == (None, None)
+    assert rewriting.aside.last_rounds == {"a": 2, "b": 2}
+
+
 @pytest.mark.parametrize("method", ["retrain", "fedup", "negative-gradients"])
 def test_means_are_streamed_unless_somebody_needs_every_update(method, monkeypatch):
     averaged = []

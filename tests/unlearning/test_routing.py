@@ -702,8 +702,9 @@ def test_amnesiac_by_name_wants_the_log_that_was_kept(target):
         "samples": "not, fisher-mask, ascent or label-flip",
     }[target]
     assert str(caught.value) == (
-        "amnesiac needs batch log at the holders, which was not kept; set batch-log before "
-        f"training; {would} would work"
+        "amnesiac needs batch log at the holders, which was not kept, or not of plain averages; "
+        "set batch-log, and FedAvg or FedProx as the strategy, before training; "
+        f"{would} would work"
     )
 
 
