@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from client.task.device import choose_device
 from client.task.evaluation import accuracy_of, batches, forward_of, gather, load_state, predict
-from client.task.models import prunable_layers
+from client.task.models import prunable_layers, trained_tensors
 from client.task.protocol import Task, server_data, size_of
 from client.task.structure import structure_of
 from server.settings import Settings, SettingsError
@@ -60,6 +61,7 @@ def build_federation(
     """
     lab = build_lab(task, model) if task is not None else None
     network = network_of(task, model) if task is not None else UNKNOWN
+    network = replace(network, trained=trained_tensors(model))
     methods = build_methods(settings, model, network)
     ready = [methods[name] for name in settings.methods]
     return Unlearning(
@@ -187,7 +189,7 @@ def network_of(task: Task, model: nn.Module) -> Network:
     with torch.no_grad():
         outputs = network(inputs)
     classes = targets.dim() == 1 and not targets.is_floating_point() and outputs.dim() == 2
-    own = {name for name, _ in network.named_parameters()}
+    own = trained_tensors(network)
     head = (f"{structure.head}.{part}" for part in ("weight", "bias") if structure.head is not None)
     return Network(
         structure.convolutions,

@@ -1,16 +1,19 @@
 """Put together what a step computes with, from a task and its data."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from client.forgetting.interface import Holding, Rows
 from client.scratch import scratch_for
 from client.task.evaluation import forward_of, gather
+from client.task.models import trained_tensors
 from client.task.protocol import Split, Task
 from strategies.messages import LocalTraining
 from unlearning.errors import MissingNeedError, ParametersError
 from unlearning.label_flip import check_classes
-from unlearning.parameters import Parameters
+from unlearning.parameters import Parameters, trained_names, trained_part
 
 
 def holding_of(
@@ -72,8 +75,28 @@ def holding_with(
     device: torch.device,
 ) -> Holding:
     """Return the same of rows that are apart already."""
-    forward = forward_of(scratch_for(task, device).model, device)
-    return Holding(task, forward, task.loss, forget, remain, test, training, purpose, device)
+    network = scratch_for(task, device).model
+    forward, trained = forward_of(network, device), trained_tensors(network)
+    return Holding(
+        task, forward, task.loss, forget, remain, test, training, purpose, device, trained
+    )
+
+
+def moving(model: Parameters, holding: Holding) -> tuple[Parameters, Holding]:
+    """Return what training moves of a model, and a holding that computes with the rest as it is.
+
+    The model itself where names tell what that is. Otherwise it holds frozen parameters, or
+    floating-point buffers of the user's own, and no step may change these.
+    """
+    found = trained_part(model, holding.trained)
+    if len(found) == len(trained_names(model)):
+        return model, holding
+    fixed = {name: tensor for name, tensor in model.items() if name not in found}
+
+    def forward(parameters: Parameters, inputs: Tensor) -> Tensor:
+        return holding.forward({**fixed, **parameters}, inputs)
+
+    return found, dataclasses.replace(holding, forward=forward)
 
 
 def classes_of(model: Parameters, holding: Holding) -> int:

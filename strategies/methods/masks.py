@@ -18,7 +18,7 @@ from strategies.methods.interface import UNKNOWN, Network, Situation, Unlearned,
 from unlearning import channel_masks, fisher, masking, tfidf
 from unlearning.errors import MissingNeedError, ParametersError, RefusedRequestError
 from unlearning.fedup import prune
-from unlearning.parameters import Parameters, trained_names
+from unlearning.parameters import Parameters, copied, trained_part
 from unlearning.plan import Answer, Ask, Plan
 from unlearning.randomness import generator
 from unlearning.sums import (
@@ -110,7 +110,7 @@ class Mask:
         """Ask all clients for their sums, and mask the model."""
         match self.name:
             case "random-mask":
-                trained = _trained(situation.model)
+                trained = _trained(situation.model, self.network)
                 draw = generator(situation.seed, "random mask", situation.number)
                 masks = masking.random_mask(trained, self.rate, draw)
                 return done(self._masked(situation, masks, ()))
@@ -119,7 +119,7 @@ class Mask:
         return self._by_channels(situation)
 
     def _by_weights(self, situation: Situation) -> Plan[Unlearned]:
-        like = _trained(situation.model)
+        like = _trained(situation.model, self.network)
         parts = yield from self._asked(situation, "fisher", {"forget": like, "remain": like})
         scores = fisher.fisher_scores(together(parts["forget"]), _rest(parts["remain"]))
         masks = masking.top_share(scores, self.rate)
@@ -137,8 +137,12 @@ class Mask:
             parts = yield from self._asked(situation, "gradients", {"forget": layers}, signed=True)
             total = together(parts["forget"])
             scores = {name: tensor / max(1, total.count) for name, tensor in total.sums.items()}
+        scores = _of_trained(scores, situation.model, self.network)
         chosen = masking.top_share(scores, self.rate)
-        masks = channel_masks.parameter_masks(situation.model, self.network.convolutions, chosen)
+        masks = _only_trained(
+            channel_masks.parameter_masks(situation.model, self.network.convolutions, chosen),
+            self.network,
+        )
         return self._masked(situation, masks, (_SAME,) if masking.says_nothing(scores) else ())
 
     def _asked(
@@ -199,10 +203,13 @@ class ClassDiscriminative:
         masks = channel_masks.parameter_masks(
             situation.model,
             self.network.convolutions,
-            masking.top_share(scores, self.rate, "tensor"),
+            masking.top_share(
+                _of_trained(scores, situation.model, self.network), self.rate, "tensor"
+            ),
             norm=self.norm,
             following=True,
         )
+        masks = _only_trained(masks, self.network)
         settings = {"rate": self.rate, "norm": self.norm}
         return Unlearned(prune(situation.model, masks), masks, settings, rate=self.rate)
 
@@ -222,7 +229,8 @@ class Noise:
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Ask all clients for their sums, and add the noise."""
         model = situation.model
-        like = {"forget": _trained(model), "remain": _trained(model)}
+        trained = trained_part(model, self.network.trained)
+        like = dict.fromkeys(("forget", "remain"), _trained(model, self.network))
         answers = yield from asking(situation, "fisher", like, self.most_samples)
         parts = checked(answers, tuple(like), like, signed=False, most=self.most_samples)
         rest = together(parts["remain"])
@@ -231,18 +239,18 @@ class Noise:
         information = {name: tensor / rest.count for name, tensor in rest.sums.items()}
         draw = generator(situation.seed, "fisher noise", situation.number)
         if self.recipe == "eq2":
-            scale = fisher.noise_scale(model, information)
-            blurred = fisher.fisher_noise(model, information, scale, draw)
+            scale = fisher.noise_scale(trained, information)
+            blurred = fisher.fisher_noise(trained, information, scale, draw)
         else:
             chosen = situation.selection.forget_class
             blurred = fisher.golatkar_noise(
-                model,
+                trained,
                 information,
                 draw,
                 head=self.network.head,
                 forgotten_class=chosen if chosen >= 0 else None,
             )
-        return Unlearned(blurred, settings={"recipe": self.recipe})
+        return Unlearned(copied(model) | blurred, settings={"recipe": self.recipe})
 
 
 def asking(
@@ -282,13 +290,26 @@ def channels_of(network: Network, model: Parameters) -> dict[str, Tensor]:
     }
 
 
-def _trained(model: Parameters) -> dict[str, Tensor]:
+def _trained(model: Parameters, network: Network) -> dict[str, Tensor]:
     return {
-        name: torch.empty_like(
-            model[name], dtype=torch.promote_types(model[name].dtype, torch.float32)
-        )
-        for name in trained_names(model)
+        name: torch.empty_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        for name, tensor in trained_part(model, network.trained).items()
     }
+
+
+def _of_trained(
+    scores: Mapping[str, Tensor], model: Parameters, network: Network
+) -> dict[str, Tensor]:
+    """Return the scores of layers that training moves; clients send them of all."""
+    trained = trained_part(model, network.trained)
+    found = {layer: tensor for layer, tensor in scores.items() if f"{layer}.weight" in trained}
+    if not found:
+        raise MissingNeedError("a channel method needs a convolution that is not frozen")
+    return found
+
+
+def _only_trained(masks: Mapping[str, Tensor], network: Network) -> dict[str, Tensor]:
+    return {n: t for n, t in masks.items() if network.trained is None or n in network.trained}
 
 
 def _rest(parts: Sequence[Statistics]) -> Statistics | None:
