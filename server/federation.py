@@ -20,7 +20,7 @@ from client.task.evaluation import (
     predict,
     state_of,
 )
-from client.task.models import prunable_layers
+from client.task.models import prunable_layers, trained_tensors
 from client.task.protocol import Task, server_data, size_of
 from client.task.structure import structure_of
 from server.settings import Settings, SettingsError
@@ -71,6 +71,7 @@ def build_federation(
     """
     lab = build_lab(task, model) if task is not None else None
     network = network_of(task, model) if task is not None else UNKNOWN
+    network = replace(network, trained=trained_tensors(model))
     methods = build_methods(settings, model, network, fresh_models(task, settings.seed))
     ready = [methods[name] for name in settings.methods]
     return Unlearning(
@@ -206,7 +207,7 @@ def network_of(task: Task, model: nn.Module) -> Network:
     with torch.no_grad():
         outputs = network(inputs)
     classes = targets.dim() == 1 and not targets.is_floating_point() and outputs.dim() == 2
-    own = {name for name, _ in network.named_parameters()}
+    own = trained_tensors(network)
     head = (f"{structure.head}.{part}" for part in ("weight", "bias") if structure.head is not None)
     return Network(
         structure.convolutions,

@@ -35,7 +35,8 @@ def check_combination(
                 f"{part.name} trusts the updates it sees, so replies must be screened; pass "
                 "screen=Screen()"
             )
-    if method is not None and METHODS[method.name].own_step and takes_gradients(strategy):
+    entry = METHODS.get(method.name) if method is not None else None
+    if method is not None and entry is not None and entry.own_step and takes_gradients(strategy):
         raise SecateurError(
             f"{method.name} plays rounds of models, and {type(strategy).__name__} takes what "
             "clients send for gradients; choose another method, such as retrain"

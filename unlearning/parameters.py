@@ -5,7 +5,7 @@ float32; buffers keep their own dtype. No function here writes to its inputs.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -202,6 +202,15 @@ def trained_names(model: Parameters) -> tuple[str, ...]:
         for name, tensor in model.items()
         if tensor.is_floating_point() and name.split(".")[-1] not in BUFFERS
     )
+
+
+def trained_part(model: Parameters, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Return the tensors that training moves: of ``trained_names`` those named, or all.
+
+    Names and dtypes do not tell frozen weights, or buffers of one's own, from others: where the
+    module is known, ``names`` says which of its parameters require gradients.
+    """
+    return {n: model[n] for n in trained_names(model) if names is None or n in names}
 
 
 def top_count(size: int, fraction: float) -> int:

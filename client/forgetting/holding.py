@@ -1,16 +1,19 @@
 """Put together what a step computes with, from a task and its data."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from client.forgetting.interface import Holding, Rows
 from client.scratch import scratch_for
 from client.task.evaluation import forward_of, gather, learn_of
+from client.task.models import trained_tensors
 from client.task.protocol import Split, Task
 from strategies.messages import LocalTraining
 from unlearning.errors import MissingNeedError, ParametersError
 from unlearning.label_flip import check_classes
-from unlearning.parameters import Parameters
+from unlearning.parameters import Parameters, trained_names, trained_part
 
 
 def holding_of(
@@ -72,9 +75,32 @@ def holding_with(
     device: torch.device,
 ) -> Holding:
     """Return the same of rows that are apart already."""
-    model = scratch_for(task, device).model
-    forward, learn = forward_of(model, device), learn_of(model, device)
-    return Holding(task, forward, learn, task.loss, forget, remain, test, training, purpose, device)
+    network = scratch_for(task, device).model
+    forward, learn = forward_of(network, device), learn_of(network, device)
+    return Holding(
+        task, forward, learn, task.loss, forget, remain, test, training, purpose, device,
+        trained_tensors(network),
+    )  # fmt: skip
+
+
+def moving(model: Parameters, holding: Holding) -> tuple[Parameters, Holding]:
+    """Return what training moves of a model, and a holding that computes with the rest as it is.
+
+    The model itself where names tell what that is. Otherwise it holds frozen parameters, or
+    floating-point buffers of the user's own, and no step may change these.
+    """
+    found = trained_part(model, holding.trained)
+    if len(found) == len(trained_names(model)):
+        return model, holding
+    fixed = {name: tensor for name, tensor in model.items() if name not in found}
+
+    def forward(parameters: Parameters, inputs: Tensor) -> Tensor:
+        return holding.forward({**fixed, **parameters}, inputs)
+
+    def learn(parameters: Parameters, inputs: Tensor) -> tuple[Tensor, Parameters]:
+        return holding.learn({**fixed, **parameters}, inputs)
+
+    return found, dataclasses.replace(holding, forward=forward, learn=learn)
 
 
 def classes_of(model: Parameters, holding: Holding) -> int:

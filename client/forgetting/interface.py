@@ -38,6 +38,8 @@ class Holding:
         Round and client: with the seed they fix everything that is drawn.
     device
         Where to compute.
+    trained
+        Names of the tensors that training moves; ``None`` to judge by their names.
     """
 
     task: Task
@@ -50,6 +52,7 @@ class Holding:
     training: LocalTraining
     purpose: tuple[int, int]
     device: torch.device
+    trained: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

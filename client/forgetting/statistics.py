@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from client.forgetting.holding import classes_of
+from client.forgetting.holding import classes_of, moving
 from client.forgetting.interface import Holding, Outcome, Rows
 from client.forgetting.squares import squared_gradients
 from client.scratch import scratch_for
@@ -98,11 +98,14 @@ def on_device(model: Parameters, holding: Holding) -> dict[str, Tensor]:
 
 def fisher_of(model: Parameters, holding: Holding, rows: Rows) -> Statistics:
     """Return squared gradients, the quick way where the network allows it."""
+    own, held = moving(model, holding)
     inputs, targets = (part.to(holding.device) for part in rows)
-    quick = squared_gradients(
-        network_of(holding), on_device(model, holding), holding.loss, inputs, targets
-    )
-    return quick or fisher_statistics(model, holding.forward, holding.loss, *rows)
+    quick = None
+    if own is model:
+        quick = squared_gradients(
+            network_of(holding), on_device(model, holding), holding.loss, inputs, targets
+        )
+    return quick or fisher_statistics(own, held.forward, holding.loss, *rows)
 
 
 def structure_for(holding: Holding) -> Structure:

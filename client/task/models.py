@@ -115,11 +115,21 @@ def _is_width(text: str) -> bool:
     return text.isdecimal() and int(text) > 0
 
 
+def trained_tensors(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that training moves: those that require gradients."""
+    # Under each of its names where a parameter is shared.
+    named = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, parameter in named if parameter.requires_grad)
+
+
 def prunable_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the weights of linear and convolutional layers, in definition order."""
+    """Return the names of the weights of linear and convolutional layers, in definition order.
+
+    Frozen ones are left out: no training could recover from what is done to them.
+    """
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     return tuple(
         f"{name}.weight" if name else "weight"
         for name, module in model.named_modules()
-        if isinstance(module, kinds)
+        if isinstance(module, kinds) and module.weight.requires_grad
     )

@@ -54,11 +54,15 @@ class Network:
         Names of the last layer's tensors.
     classes
         Number of classes; 0 where the task has none.
+    trained
+        Names of the tensors that training moves, as the clients know them; ``None`` to judge by
+        their names, which do not tell frozen parameters and buffers of one's own from others.
     """
 
     convolutions: tuple[Convolution, ...] = ()
     head: tuple[str, ...] = ()
     classes: int = 0
+    trained: frozenset[str] | None = None
 
     def needs(self) -> frozenset[Need]:
         """Return which needs it meets."""

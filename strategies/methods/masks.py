@@ -21,7 +21,7 @@ from strategies.methods.survey import Findings, Survey, conduct, squares_of
 from unlearning import channel_masks, fisher, masking, tfidf
 from unlearning.errors import MissingNeedError
 from unlearning.fedup import prune
-from unlearning.parameters import Parameters
+from unlearning.parameters import Parameters, copied, trained_part
 from unlearning.plan import Plan
 from unlearning.randomness import generator
 from unlearning.sums import Statistics, means
@@ -64,7 +64,7 @@ class Mask:
         """Ask all clients for their sums, and mask the model."""
         match self.name:
             case "random-mask":
-                trained = squares_of(situation.model)
+                trained = squares_of(situation.model, self.network.trained)
                 draw = generator(situation.seed, "random mask", situation.number)
                 masks = masking.random_mask(trained, self.rate, draw)
                 told = {"rate": self.rate}
@@ -74,7 +74,7 @@ class Mask:
         return self._by_channels(situation)
 
     def _by_weights(self, situation: Situation) -> Plan[Unlearned]:
-        like = squares_of(situation.model)
+        like = squares_of(situation.model, self.network.trained)
         wanted = ("forget", "remain") if self.remain == "all" else ("forget",)
         found = yield from self._found(situation, "fisher", dict.fromkeys(wanted, like))
         rest = _rest(found.totals["remain"]) if self.remain == "all" else None
@@ -93,6 +93,7 @@ class Mask:
         else:
             found = yield from self._found(situation, "gradients", {"forget": layers})
             scores = means(found.totals["forget"])
+        scores = _of_trained(scores, situation.model, self.network)
         masks = channel_masks.parameter_masks(
             situation.model,
             self.network.convolutions,
@@ -124,6 +125,7 @@ class Mask:
         found: Findings,
         more: Mapping[str, str] = MappingProxyType({}),
     ) -> Unlearned:
+        masks = _only_trained(masks, self.network)
         chance = (_SAME,) if masking.says_nothing(scores) else ()
         told = {"rate": self.rate, "most_samples": self.most_samples, **more, **found.settings}
         return Unlearned(
@@ -170,10 +172,13 @@ class ClassDiscriminative:
         masks = channel_masks.parameter_masks(
             situation.model,
             self.network.convolutions,
-            masking.top_share(scores, self.rate, "tensor"),
+            masking.top_share(
+                _of_trained(scores, situation.model, self.network), self.rate, "tensor"
+            ),
             norm=self.norm,
             following=True,
         )
+        masks = _only_trained(masks, self.network)
         told = {"rate": self.rate, "norm": self.norm, **found.settings}
         return Unlearned(prune(situation.model, masks), masks, told, warnings=found.warnings)
 
@@ -203,10 +208,11 @@ class Noise:
     def plan(self, situation: Situation) -> Plan[Unlearned]:
         """Ask all clients for their sums, and add the noise."""
         model = situation.model
+        trained = trained_part(model, self.network.trained)
         survey = Survey(
             method=self.name,
             ask=partial(_question, "fisher", "remain", self.most_samples),
-            groups={"remain": squares_of(model)},
+            groups={"remain": squares_of(model, self.network.trained)},
             forgotten=None,
             most=self.most_samples,
         )
@@ -217,12 +223,12 @@ class Noise:
         information = means(rest)
         draw = generator(situation.seed, "fisher noise", situation.number)
         if self.recipe == "eq2":
-            scale = fisher.noise_scale(model, information, self.relative)
-            blurred = fisher.fisher_noise(model, information, scale, draw)
+            scale = fisher.noise_scale(trained, information, self.relative)
+            blurred = fisher.fisher_noise(trained, information, scale, draw)
         else:
             chosen = situation.selection.forget_class
             blurred = fisher.golatkar_noise(
-                model,
+                trained,
                 information,
                 draw,
                 head=self.network.head,
@@ -230,7 +236,7 @@ class Noise:
                 alpha=self.alpha,
             )
         told = {"recipe": self.recipe, **found.settings}
-        return Unlearned(blurred, settings=told, warnings=found.warnings)
+        return Unlearned(copied(model) | blurred, settings=told, warnings=found.warnings)
 
 
 def _question(
@@ -250,6 +256,21 @@ def channels_of(network: Network, model: Parameters) -> dict[str, Tensor]:
         layer: torch.zeros(len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
         for layer, weight in weights.items()
     }
+
+
+def _of_trained(
+    scores: Mapping[str, Tensor], model: Parameters, network: Network
+) -> dict[str, Tensor]:
+    """Return the scores of layers that training moves; clients send them of all."""
+    trained = trained_part(model, network.trained)
+    found = {layer: tensor for layer, tensor in scores.items() if f"{layer}.weight" in trained}
+    if not found:
+        raise MissingNeedError("a channel method needs a convolution that is not frozen")
+    return found
+
+
+def _only_trained(masks: Mapping[str, Tensor], network: Network) -> dict[str, Tensor]:
+    return {n: t for n, t in masks.items() if network.trained is None or n in network.trained}
 
 
 def _rest(total: Statistics) -> Statistics | None:

@@ -25,7 +25,7 @@ from strategies.methods.interface import Situation
 from strategies.rounds import replies_needed
 from strategies.screen import Screen
 from unlearning.errors import ParametersError, RefusedRequestError
-from unlearning.parameters import Parameters, trained_names
+from unlearning.parameters import Parameters, trained_part
 from unlearning.plan import Answer, Ask, Plan
 from unlearning.sums import (
     COMPARABLE,
@@ -209,13 +209,14 @@ def conduct(situation: Situation, survey: Survey) -> Plan[Findings]:
     return Findings(totals, settings, (*warnings, *_clipping(clipped)))
 
 
-def squares_of(model: Parameters) -> dict[str, Tensor]:
-    """Return the form of sums of squared gradients: of every trained tensor, float32 or wider."""
+def squares_of(model: Parameters, trained: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Return the form of sums of squared gradients: of every trained tensor, float32 or wider.
+
+    ``trained`` as for ``trained_part``.
+    """
     return {
-        name: torch.empty_like(
-            model[name], dtype=torch.promote_types(model[name].dtype, torch.float32)
-        )
-        for name in trained_names(model)
+        name: torch.empty_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        for name, tensor in trained_part(model, trained).items()
     }
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from client.task.evaluation import predict, state_of
+from client.task.models import trained_tensors
 from client.task.protocol import ServerData, load_task, server_data
 from server.federation import (
     TEST,
@@ -123,14 +124,17 @@ def test_a_head_without_bias_has_a_weight_only():
 @pytest.mark.parametrize("model", ["cnn", "mlp"])
 def test_a_federation_offers_what_its_task_and_clients_have(model, log, tmp_path):
     settings, task = digits(model, **{"batch-log": log, "client-dir": str(tmp_path)})
-    made = build_federation(settings, initial_model(task, 0), task)
+    model_ = initial_model(task, 0)
+    made = build_federation(settings, model_, task)
     expected = {Need.CLASSES}
     expected |= {Need.CONVOLUTIONS} if model == "cnn" else set()
     expected |= {Need.BATCH_LOG} if log == "random" else set()
     assert made.forgetting.offers == expected
     assert made.forgetting.classes == 10
     for name in (*MASKS, "tfidf", "fisher-noise"):
-        assert made.forgetting.methods[name].network == network_of(task, initial_model(task, 0))
+        assert made.forgetting.methods[name].network == dataclasses.replace(
+            network_of(task, model_), trained=trained_tensors(model_)
+        )
         assert made.forgetting.methods[name].name == name
 
 

@@ -291,7 +291,7 @@ NOBODY = {**EARLY, "label": 12}
 
 @pytest.mark.parametrize(
     ("request_", "message"),
-    [(BUDGET, "1 are allowed"), (NOBODY, "none of 5 clients holds class 12")],
+    [(BUDGET, "1 are allowed"), (NOBODY, "there is no class 12; classes are numbered")],
 )
 def test_a_request_that_is_refused_ends_the_run_or_is_in_the_report(request_, message):
     with pytest.raises(RefusedRequestError, match=message):

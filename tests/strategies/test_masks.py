@@ -671,3 +671,46 @@ def test_tf_idf_silences_a_channel_where_it_is_read_and_normalised(norm):
     assert torch.equal(found.model["second.weight"] == 0,
                        torch.tensor([1, 0, 0]).bool().reshape(1, 3, 1, 1).expand(2, 3, 2, 2))  # fmt: skip
     assert (found.settings["rate"], found.settings["norm"]) == (0.3, norm)
+
+
+# ---------------------------------------------------------------- what training does not move
+FROZEN = {"first.weight", "first.bias", "second.bias", "last.bias"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fisher-mask", "random-mask", "activation-mask", "grad-mask", "tfidf", "golatkar", "eq2"],
+)
+def test_what_is_frozen_is_neither_masked_nor_blurred(name):
+    start = images() | {"last.bias": torch.full((2,), 1.0)}
+    names = frozenset(n for n, t in start.items() if t.is_floating_point()) - FROZEN
+    following = (Convolution("first", None, ("second",)), Convolution("second"))
+    network = dataclasses.replace(NETWORK, convolutions=following, trained=names)
+    squares = {n: start[n] for n in names}
+    if name in ("golatkar", "eq2"):
+        made, like, groups = Noise(network=network, recipe=name), squares, ("forget", "remain")
+    elif name == "tfidf":
+        made, like, groups = ClassDiscriminative(network=network, rate=0.5), LIKE, ("0", "1")
+    else:
+        made = Mask(name=name, network=network, rate=0.4)
+        like = squares if name == "fisher-mask" else LIKE
+        groups = ("forget",) if name == "grad-mask" else ("forget", "remain")
+    # The frozen layer is where the scores are highest: only that it is frozen protects it.
+    held = {g: [{n: t + (50.0 if n == "first" and g in ("forget", "1") else 0) + 0.1 * place
+                 for n, t in row.items()} for row in rows(like, 3, place)]
+            for place, g in enumerate(groups)}  # fmt: skip
+    named = "count-{}" if name == "tfidf" else None
+    reply = answering([held] * 3, like, name=named)
+    found, _ = run(made.plan(situation(waiting((0, 1, 2)), start=start)), reply)
+    changed_ = {n for n, t in start.items() if not torch.equal(found.model[n], t)}
+    assert changed_
+    assert not changed_ - names
+    assert set(found.masks) <= names
+
+
+def test_a_network_whose_convolutions_are_all_frozen_has_no_channels_to_mask():
+    made = Mask(name="activation-mask", rate=0.9,
+                network=dataclasses.replace(NETWORK, trained=frozenset({"last.weight"})))  # fmt: skip
+    reply = answering([{"forget": rows(LIKE, 2, 1), "remain": rows(LIKE, 2, 2)}] * 3, LIKE)
+    with pytest.raises(MissingNeedError, match="a convolution that is not frozen"):
+        run(made.plan(situation(waiting((0, 1, 2)), start=images())), reply)
