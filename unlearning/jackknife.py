@@ -36,9 +36,9 @@ RIDGE, DAMPING = 1e-3, 1e-2
 """What is added to H's diagonal: of the last layer, and of the Fisher information (2.14)."""
 MOST_UNKNOWNS = 4000
 """A Hessian of as many unknowns takes 128 MB: float64, since it is inverted."""
-LONGEST = 1.0
-"""Longest correction that a server believes, in units of what is corrected: of as much, the weights
-are the clients' word and no longer the training's."""
+LONGEST = 2.0
+"""Longest correction that a server believes, in units of what is corrected. On digits, up to 5 % of
+the samples took 0.03 to 0.57 of a trained last layer, and 1.1 of one trained for two epochs."""
 MOST_FORGOTTEN = 0.05
 """Share of the samples past which a linear correction is not to be trusted."""
 

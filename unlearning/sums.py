@@ -7,8 +7,8 @@ as one data set:
     mean = sum_k U_k / sum_k a_k
 
 Nothing proves that a client's sums are true. ``check_statistics`` refuses what no data could give,
-``limited`` bounds what a claimed number of samples weighs, and ``clipped_to_median`` and
-``clipped_by_norm`` how far one liar can pull.
+``limited`` and ``undiluted`` bound what a claimed number of samples weighs, and
+``clipped_to_median`` and ``clipped_by_norm`` how far one liar can pull.
 """
 
 import math
@@ -135,6 +135,29 @@ def limited(part: Statistics, most: float) -> Statistics:
 # ---------------------------------------------------------------- liars
 
 
+def undiluted(parts: Sequence[Statistics], factor: float = CLIP) -> list[Statistics]:
+    """Return statistics of which none far below the others weighs much.
+
+    Sums near 0 that are claimed of many samples take nothing from the others', but dilute
+    everybody's average, which clipping does not see. Where the norm of ``U_k / a_k`` is less than
+    its median, weighted as in ``clipped_to_median``, over ``factor``, a client counts at most
+    as many samples as the median client. Others count in full: who has most of a
+    class is no liar. Fewer than ``COMPARABLE`` clients with samples are returned as they are.
+
+    Raises
+    ------
+    ParametersError
+        If the factor is out of range.
+    """
+    _check_factor(factor)
+    telling = [part for part in parts if part.count]
+    if len(telling) < COMPARABLE:
+        return list(parts)
+    least = _median_norm(telling) / factor
+    limit = median_low(part.count for part in telling)
+    return [limited(p, limit) if p.count and _norm(p) < least * p.count else p for p in parts]
+
+
 @dataclass(frozen=True)
 class Clipped:
     """Clients' statistics after clipping."""
@@ -218,10 +241,7 @@ def clipped_by_norm(parts: Sequence[Statistics], factor: float = CLIP) -> Clippe
     telling = [part for part in parts if part.count]
     if len(telling) < COMPARABLE:
         return Clipped(list(parts), 0.0, len(telling))
-    norms = torch.tensor([_norm(part) / part.count for part in telling], dtype=torch.float64)
-    weights = _weights(telling)
-    middle = float(weighted_median(norms.unsqueeze(1), weights))
-    limit = factor * (middle or _usual([norm.reshape(1) for norm in norms], weights))
+    limit = factor * _median_norm(telling)
     found = []
     for part in parts:
         norm = _norm(part)
@@ -273,6 +293,14 @@ def _usual(averages: Sequence[Tensor], weights: Tensor) -> float:
         return 0.0
     values, those = (torch.stack(column) for column in zip(*medians, strict=True))
     return float(weighted_median(values.unsqueeze(1), those))
+
+
+def _median_norm(telling: Sequence[Statistics]) -> float:
+    """Return the median length of an average; of those over 0 where the median is 0."""
+    norms = torch.tensor([_norm(part) / part.count for part in telling], dtype=torch.float64)
+    weights = _weights(telling)
+    middle = float(weighted_median(norms.unsqueeze(1), weights))
+    return middle or _usual([norm.reshape(1) for norm in norms], weights)
 
 
 def _norm(part: Statistics) -> float:

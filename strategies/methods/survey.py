@@ -5,8 +5,8 @@ sums over these as well (``methods`` 5.7). Nothing proves them, so that
 
 - what no data could give is left out, as the screen leaves out a model: too many rows, a negative
   square, tensors that do not fit. The record says whose and why;
-- a client's rows weigh no more than the screen lets it weigh in an average of models. What clients
-  hold of one class differs by nature, and is not held against the others' numbers;
+- a client's rows weigh no more than the screen lets it weigh in an average of models, and where its
+  averages are far below the others' no more than the median client's rows of that set;
 - averages far above everybody's median are clipped, and the record says how much of the whole.
 
 Without half of those asked, or without anybody who holds what is to be forgotten, the request is
@@ -36,6 +36,7 @@ from unlearning.sums import (
     clipped_by_norm,
     clipped_to_median,
     limited,
+    undiluted,
 )
 
 NOTHING = Selection(forget="none")
@@ -186,12 +187,13 @@ def conduct(situation: Situation, survey: Survey) -> Plan[Findings]:
         answers += yield question
     usable, reasons = _usable(situation, survey, answers)
     _check_quorum(survey, sum(len(question.to) for question in asks), usable, reasons)
-    clipped = {
-        group: (clipped_by_norm if group in survey.shortened else clipped_to_median)(
-            [groups[group] for groups in usable.values()]
-        )
-        for group in survey.groups
-    }
+    clipped = {}
+    for group in survey.groups:
+        parts = [groups[group] for groups in usable.values()]
+        if survey.whole is None:  # a part of a whole weighs as its rows do in training
+            parts = undiluted(parts)
+        clip = clipped_by_norm if group in survey.shortened else clipped_to_median
+        clipped[group] = clip(parts)
     totals = {group: added(found.parts) for group, found in clipped.items()}
     if survey.forgotten is not None:
         _check_told(survey.method, totals[survey.forgotten])

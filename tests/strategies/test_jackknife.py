@@ -178,9 +178,9 @@ def test_a_gradient_far_longer_than_others_is_shortened():
     assert found.settings["clipped"] > 0.99
 
 
-def test_a_correction_longer_than_what_it_corrects_is_refused():
+def test_a_correction_far_longer_than_what_it_corrects_is_refused():
     lie = of(0, lambda h, g: (h, scaled(g, 1e6)))
-    with pytest.raises(ParametersError, match=r"more than 1 times what it corrects.*retrain"):
+    with pytest.raises(ParametersError, match=r"more than 2 times what it corrects.*retrain"):
         run(Jackknife().plan(there()), answering("last", lie=lie))
     # One holder alone cannot be held against others, and the record says so.
     found, _ = run(Jackknife().plan(there()), answering("last"))

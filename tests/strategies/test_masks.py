@@ -603,6 +603,29 @@ def test_rows_weigh_no_more_than_in_an_average_of_models():
     assert found.masks["first.weight"].flatten(1).all(dim=1).tolist() == [False, False, True]
 
 
+def test_zeros_claimed_over_many_rows_do_not_cancel_a_mask():
+    # Averages 3 for what is to be forgotten and 1 for the rest in the first channel, 0 and 1 in
+    # the others; three clients with 2 + 18 rows. The fourth claims 100 rows of zeros of its 100,
+    # and counts as 2 of 8: 2.25, still over 1. Of 40, its weight among models, it would be 18 / 46.
+    def reply(who, question):
+        if who == client(3):
+            sums = {"forget/first": torch.zeros(3), "remain/first": torch.zeros(3)}
+            return Answer(who, sums, {"forget-count": 100, "remain-count": 0}, 100)
+        sums = {"forget/first": torch.tensor([6.0, 0, 0]), "remain/first": torch.full((3,), 18.0)}
+        return Answer(who, sums, {"forget-count": 2, "remain-count": 18}, 20)
+
+    made = Mask(name="fisher-mask", rate=0.3)
+    survey = made._found(
+        situation(waiting(range(4)), active=range(4), start=images()),
+        "activations",
+        {group: {"first": torch.zeros(3)} for group in ("forget", "remain")},
+    )
+    found, _ = run(survey, reply)
+    assert found.totals["forget"].count == 8
+    assert adding.means(found.totals["forget"])["first"].tolist() == pytest.approx([2.25, 0, 0])
+    assert adding.means(found.totals["remain"])["first"].tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("name", ["activation-mask", "grad-mask", "tfidf"])
 def test_channels_too(name):
     made, reply, _ = channels(name)

@@ -41,7 +41,7 @@ def test_without_settings_methods_are_as_they_are_by_default():
         ("tfidf.rate=0.3", "tfidf", "rate", 0.3),
         ("tfidf.bn=false", "tfidf", "norm", False),
         ("ij.scope=diag", "ij", "scope", "diag"),
-        ("ij.longest=2", "ij", "longest", 2.0),
+        ("ij.longest=3", "ij", "longest", 3.0),
         ("label-flip.strength=2.5", "label-flip", "strength", 2.5),
         ("verifi.strong=true", "verifi", "strong", True),
         ("pga.radius=0.5", "pga", "radius", 0.5),

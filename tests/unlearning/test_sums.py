@@ -17,6 +17,7 @@ from unlearning.sums import (
     clipped_to_median,
     limited,
     means,
+    undiluted,
     weighted_median,
 )
 
@@ -101,6 +102,23 @@ def test_statistics_weigh_no_more_than_a_limit_and_keep_their_averages():
     found = limited(stat(8, 4, 16), 2.9)
     assert (found.count, found.sums["w"].tolist()) == (2, [1, 4])  # averages .5 and 2, as before
     assert limited(stat(2, 1), 2) == limited(stat(2, 1), 7) == stat(2, 1)
+
+
+def test_claims_of_many_samples_do_not_dilute_an_average():
+    # Counts 5, 5, 5 and 2,000 of zeros: the median is 5, and the last counts as 5.
+    parts = [stat(5, 5)] * 3 + [stat(2000, 0), stat(0, 0)]
+    found = undiluted(parts)
+    assert [part.count for part in found] == [5, 5, 5, 5, 0]
+    assert means(added(found))["w"].item() == pytest.approx(15 / 20)
+    # Averages of a tenth of the median are not far below; of less they are, and they stay averages.
+    assert undiluted([*parts[:3], stat(2000, 200)])[3].count == 2000
+    less = undiluted([*parts[:3], stat(2000, 199)])[3]
+    assert (less.count, less.sums["w"].item()) == (5, pytest.approx(0.4975))
+    # Who has most of a class is no liar.
+    for most in (stat(500, 500), stat(500, 50_000)):
+        assert undiluted([stat(1, 1), stat(1, 0), most])[2] is most
+    assert undiluted(parts[2:]) == parts[2:]  # of two that have any nobody knows who lies
+    assert undiluted([]) == []
 
 
 # ---------------------------------------------------------------- clipping
@@ -260,7 +278,9 @@ def values_of(parts):
     return [[tensor.tolist() for tensor in part.sums.values()] for part in parts]
 
 
-@pytest.mark.parametrize("clip", [clipped_to_median, clipped_by_norm])
+@pytest.mark.parametrize(
+    "clip", [clipped_to_median, clipped_by_norm, lambda p, f: undiluted(p, factor=f)]
+)
 @pytest.mark.parametrize("factor", [0.9, math.nan, math.inf])
 def test_factors_out_of_range_are_refused(clip, factor):
     with pytest.raises(ParametersError, match="1 or more medians"):
