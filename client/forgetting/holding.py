@@ -89,16 +89,18 @@ def moving(model: Parameters, holding: Holding) -> tuple[Parameters, Holding]:
     The model itself where names tell what that is. Otherwise it holds frozen parameters, or
     floating-point buffers of the user's own, and no step may change these.
     """
-    found = trained_part(model, holding.trained)
-    if len(found) == len(trained_names(model)):
+    moved, names = trained_part(model, holding.trained), trained_names(model)
+    if len(moved) == len(names):
         return model, holding
-    fixed = {name: tensor for name, tensor in model.items() if name not in found}
+    fixed = {name: model[name] for name in names if name not in moved}
+    found = {name: tensor for name, tensor in model.items() if name not in fixed}
 
     def forward(parameters: Parameters, inputs: Tensor) -> Tensor:
         return holding.forward({**fixed, **parameters}, inputs)
 
     def learn(parameters: Parameters, inputs: Tensor) -> tuple[Tensor, Parameters]:
-        return holding.learn({**fixed, **parameters}, inputs)
+        outputs, buffers = holding.learn({**fixed, **parameters}, inputs)
+        return outputs, {name: buffers[name] for name in buffers if name in parameters}
 
     return found, dataclasses.replace(holding, forward=forward, learn=learn)
 
