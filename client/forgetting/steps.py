@@ -48,6 +48,8 @@ STEPS: dict[type[Action], Step] = {
     Noisy: noisy,
     Rcad: regularised,
 }
+LEARNING = frozenset({Rapid, Rcad})
+"""Those that run the network in training mode, and seed what it draws by torch's one generator."""
 
 
 def do(settings: Action, model: Parameters, holding: Holding) -> Outcome:

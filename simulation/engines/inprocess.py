@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from client.contexts import start_of, use_one_thread
 from client.forgetting.ffmu import settings_of
-from client.forgetting.steps import STEPS
+from client.forgetting.steps import LEARNING, STEPS
 from client.train import Job
 from simulation.engines.training import Training, Update
 from simulation.engines.work import PLAIN, FfmuRound, Work
@@ -160,7 +160,7 @@ class InProcessGrid(Grid):
                 yield flower.with_id(reply)
 
 
-SIDE_BY_SIDE = frozenset(kind.action for kind in STEPS)
+SIDE_BY_SIDE = frozenset(kind.action for kind in STEPS if kind not in LEARNING)
 """Messages whose answers are computed from the message and the client's rows alone, by a network in
 evaluation mode and generators of their own."""
 TRAINING = frozenset({messages.TRAIN, Ffmu.action})

@@ -22,11 +22,14 @@ from strategies.actions import (
     Amnesiac,
     Ascend,
     Ascent,
+    Batches,
     Curvature,
     Ffmu,
     Forget,
     LabelFlip,
     MacForget,
+    Mark,
+    Marks,
     Noisy,
     Rapid,
     Rcad,
@@ -42,6 +45,9 @@ LEARNT = LocalTraining(local_epochs=6, optimizer="adam", learning_rate=0.01)
 TRAINING = LocalTraining(seed=SEED, local_epochs=2, batch_size=16, learning_rate=0.05)
 
 CASES: dict[str, Action] = {
+    # First, because training of another kind ends the log.
+    "batches": Batches(**CLASS),
+    "amnesiac": Amnesiac(**CLASS, request="one"),
     "ascend": Ascend(**CLASS, radius=0.5, batch_size=8, epochs=2),
     "ascent": Ascent(**CLASS, epochs=2),
     "ascent, all rows, naive": Ascent(forget="all", partial=False, epochs=1),
@@ -62,10 +68,15 @@ CASES: dict[str, Action] = {
     "ffmu, all rows": Ffmu(local="full"),
     "ffmu, all rows clipped": Ffmu(local="full", clip=0.01),
     "ffmu-n": Ffmu(models=True),
-    "amnesiac": Amnesiac(**CLASS),
     # Last, because what comes after it would have other rows.
     "forget": Forget(**CLASS),
 }
+MARKING: dict[str, Action] = {
+    "mark, watched": Mark(kind="forgettable", rounds=2),
+    "mark": Mark(kind="forgettable", rounds=2, noted=1),
+    "marks": Marks(first=True),
+}
+"""Of clients that keep no batch log, in which marks would be missing."""
 LOGGED = 2
 """Rounds of plain training with a batch log before anything else is asked."""
 
@@ -78,7 +89,8 @@ def kinds(base: type[Action] = Action) -> set[type[Action]]:
 
 def lacking() -> list[str]:
     """Return the actions without a case."""
-    return sorted(kind.action for kind in kinds() - {type(case) for case in CASES.values()})
+    cases = {**CASES, **MARKING}.values()
+    return sorted(kind.action for kind in kinds() - {type(case) for case in cases})
 
 
 @dataclass
@@ -90,11 +102,13 @@ class Asked:
     device: str = "cpu"
     clients: int = CLIENTS
     changes: dict = field(default_factory=dict)
+    cases: dict[str, Action] = field(default_factory=lambda: CASES)
 
     def __post_init__(self):
         values = {"task": "digits", "model": "cnn", "examples": 120, "seed": SEED,
                   "device": self.device, "client-dir": str(self.folder),
-                  "batch-log": "full", "batch-log-precision": "float32"}  # fmt: skip
+                  "batch-log": "off" if self.cases is MARKING else "full",
+                  "batch-log-precision": "float32"}  # fmt: skip
         self.options = TaskOptions.model_validate(values | self.changes)
         self.app = build_app(self.options.model_dump(by_alias=True))
         task = load_task(self.options)
@@ -105,9 +119,9 @@ class Asked:
         job = Job(task, everything, LEARNT, (0, 0), torch.device("cpu"))
         self.model, _ = do(job, state_of(initial_model(task, SEED)))
 
-    def messages(self, case, nodes, number=4):
-        """Return the messages that ask all clients for one case."""
-        settings = CASES[case]
+    def messages(self, case, nodes):
+        """Return the messages that ask all clients for one case, each case in its own round."""
+        settings, number = self.cases[case], LOGGED + 2 + list(self.cases).index(case)
         arrays = self.model
         if isinstance(settings, Ascend):
             moved = {name: tensor + 0.01 for name, tensor in self.model.items()}
@@ -142,7 +156,7 @@ class Asked:
 
     def _everything(self, nodes):
         yield from self.rounds(nodes)
-        for case in CASES:
+        for case in self.cases:
             yield case, self.messages(case, nodes)
 
     @staticmethod
@@ -150,7 +164,8 @@ class Asked:
         told = {
             **TRAINING.to_record(),
             messages.SERVER_ROUND: number,
-            messages.SHARE: 0.5,
+            messages.SHARE: LOGGED * [0.5],
+            messages.SHARE_ROUND: list(range(1, LOGGED + 1)),
             **config,
         }
         content = RecordDict({

@@ -13,8 +13,9 @@ import torch
 from client.task import device
 from simulation.engines.inprocess import InProcessGrid
 from tests.client import standin
-from tests.client.every_action import CASES, CLIENTS, Asked, assert_same, lacking, parts
+from tests.client.every_action import CASES, CLIENTS, MARKING, Asked, assert_same, lacking, parts
 
+ALL = {**CASES, **MARKING}
 CLOSE = 1e-3
 DECIDING = {
     "rcad": 5e-2,  # the direction of a row's gradient, however short it is
@@ -25,9 +26,13 @@ DECIDING = {
 
 def replies(folder, device="cpu", around=None):
     """Return the model that everybody was sent, and what was answered in a context."""
-    made = Asked(folder, device)
+    marking, logged = (
+        Asked(folder / name, device, cases=cases)
+        for name, cases in (("marking", MARKING), ("logged", CASES))
+    )
     with around or contextlib.nullcontext():
-        return made.model, made.all_replies(InProcessGrid(made.app, CLIENTS))
+        found = [made.all_replies(InProcessGrid(made.app, CLIENTS)) for made in (marking, logged)]
+    return logged.model, found[0] | found[1]
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +76,12 @@ def test_no_action_is_left_out():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL)
 def test_a_gpu_answers_as_the_cpu_does(case, on_the_cpu, on_the_gpu):
     assert_close(case, on_the_cpu, on_the_gpu)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL)
 def test_rounding_alone_stays_within_the_tolerance(case, on_the_cpu, in_another_order):
     assert_close(case, on_the_cpu, in_another_order)
 
@@ -88,7 +93,7 @@ def test_every_action_computes_on_its_device_and_answers_from_the_cpu(
     if not float64:
         monkeypatch.setattr(device, "WITHOUT_FLOAT64", {standin.DEVICE})
     # The loss is computed there, forwards and backwards, for each of so many clients and cases.
-    least = 10 * CLIENTS * len(CASES)
+    least = 10 * CLIENTS * len(ALL)
     there = standin.StandIn(float64=float64)
     _, found = replies(tmp_path, standin.DEVICE, around=there)
     assert there.operations > least
