@@ -164,7 +164,7 @@ def build_methods(
     ``drawn`` makes freshly initialised models, if any can be made.
     """
     prunable = prunable_layers(model)
-    rate = settings.pruning_rate
+    rate, schedule = settings.pruning_rate, settings.recovery_schedule
     own: dict[str, Method] = {
         "fedup": FedUP(rate=rate, prunable=prunable, score=settings.pruning_score),
         "random": FedUP(rate=rate, prunable=prunable, score="random", name="random"),
@@ -178,9 +178,9 @@ def build_methods(
             epochs=REPAIR_EPOCHS,
             batch_size=settings.batch_size,
         ),
-        **{name: Mask(name=name, network=network) for name in MASKS},
-        "tfidf": ClassDiscriminative(network=network),
-        "fisher-noise": Noise(network=network),
+        **{name: Mask(name=name, network=network, schedule=schedule) for name in MASKS},
+        "tfidf": ClassDiscriminative(network=network, schedule=schedule),
+        "fisher-noise": Noise(network=network, schedule=schedule),
         "pga": Ball(drawn=drawn),
     }
     return {name: own.get(name) or make() for name, make in MAKE.items()}

@@ -7,9 +7,7 @@ from typing import Any
 from client.central import masks, others, partial, quantised
 from client.central.case import Case, Made
 from client.central.settings import Keys
-
-TUNED = 5
-"""Epochs S of fine-tuning after a mask (``methods`` 5)."""
+from unlearning.masking import TUNED
 
 
 class Nothing(Keys):

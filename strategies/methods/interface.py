@@ -9,6 +9,7 @@ from torch import Tensor
 
 from strategies.actions import Selection
 from strategies.memory import Memory
+from strategies.tuning import Schedule
 from unlearning import retraining
 from unlearning.catalogue import Need
 from unlearning.certificates import ExactCheck
@@ -172,6 +173,8 @@ class Unlearned:
     origin: int | None = None
     """Round after which all rounds were played again; ``None`` where the model was changed."""
     warnings: tuple[str, ...] = ()
+    schedule: Schedule | None = None
+    """How clients train in the rounds of recovery; ``None`` for as ever."""
 
 
 class Method(Protocol):

@@ -15,6 +15,7 @@ from strategies.actions import Selection, joined, parted
 from strategies.actions import Statistics as Question
 from strategies.memory import Memory
 from strategies.methods.interface import UNKNOWN, Network, Situation, Unlearned, done
+from strategies.tuning import Kind, Schedule
 from unlearning import channel_masks, fisher, masking, tfidf
 from unlearning.errors import MissingNeedError, ParametersError, RefusedRequestError
 from unlearning.fedup import prune
@@ -28,7 +29,7 @@ from unlearning.sums import (
     clipped_to_median,
 )
 
-Kind = Literal["fisher", "activations", "gradients"]
+Sums = Literal["fisher", "activations", "gradients"]
 NOTHING = Selection(forget="none")
 MASKS = ("fisher-mask", "activation-mask", "grad-mask", "random-mask")
 _SAME = "same_scores: what is forgotten and what remains look alike, so chance decides the mask"
@@ -96,12 +97,15 @@ class Mask:
         Share of the weights, or of all channels, that is zeroed.
     most_samples
         Rows of either set, of each client, that are enough.
+    schedule
+        Of the rates in the rounds that follow.
     """
 
     name: str = "fisher-mask"
     network: Network = UNKNOWN
     rate: float = masking.USUAL
     most_samples: int = fisher.MOST_SAMPLES
+    schedule: Kind = "replay"
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
@@ -144,7 +148,7 @@ class Mask:
     def _asked(
         self,
         situation: Situation,
-        kind: Kind,
+        kind: Sums,
         like: Mapping[str, Parameters],
         *,
         signed: bool = False,
@@ -161,6 +165,7 @@ class Mask:
             {"rate": self.rate, "most_samples": self.most_samples},
             rate=self.rate,
             warnings=warnings,
+            schedule=Schedule(situation.number, self.schedule),
         )
 
 
@@ -181,6 +186,7 @@ class ClassDiscriminative:
     rate: float = tfidf.USUAL
     norm: bool = True
     most_samples: int = fisher.MOST_SAMPLES
+    schedule: Kind = "replay"
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
@@ -204,7 +210,9 @@ class ClassDiscriminative:
             following=True,
         )
         settings = {"rate": self.rate, "norm": self.norm}
-        return Unlearned(prune(situation.model, masks), masks, settings, rate=self.rate)
+        schedule = Schedule(situation.number, self.schedule)
+        model = prune(situation.model, masks)
+        return Unlearned(model, masks, settings, rate=self.rate, schedule=schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +223,7 @@ class Noise:
     network: Network = UNKNOWN
     recipe: Literal["golatkar", "eq2"] = "golatkar"
     most_samples: int = fisher.MOST_SAMPLES
+    schedule: Kind = "replay"
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
@@ -242,7 +251,8 @@ class Noise:
                 head=self.network.head,
                 forgotten_class=chosen if chosen >= 0 else None,
             )
-        return Unlearned(blurred, settings={"recipe": self.recipe})
+        schedule = Schedule(situation.number, self.schedule)
+        return Unlearned(blurred, settings={"recipe": self.recipe}, schedule=schedule)
 
 
 def asking(
