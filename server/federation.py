@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from strategies.memory import Memory
 from strategies.methods.catalogue import MAKE
 from strategies.methods.drift import Drift
 from strategies.methods.fedup import FedUP
-from strategies.methods.holders import Ball
+from strategies.methods.holders import Ball, Holders
 from strategies.methods.interface import UNKNOWN, Method, Network, ServerLab
 from strategies.methods.masks import MASKS, ClassDiscriminative, Mask, Noise
 from strategies.methods.negation import Negation
@@ -183,7 +184,13 @@ def build_methods(
         "fisher-noise": Noise(network=network, schedule=schedule),
         "pga": Ball(drawn=drawn),
     }
-    return {name: own.get(name) or make() for name, make in MAKE.items()}
+    made = {name: own.get(name) or make() for name, make in MAKE.items()}
+    return {
+        name: replace(method, weight_cap=settings.weight_cap)
+        if isinstance(method, Holders)
+        else method
+        for name, method in made.items()
+    }
 
 
 def network_of(task: Task, model: nn.Module) -> Network:

@@ -128,6 +128,12 @@ def test_a_federation_offers_what_its_task_and_clients_have(model, log, tmp_path
         assert made.forgetting.methods[name].name == name
 
 
+def test_holders_weigh_under_the_federations_own_cap():
+    settings, task = digits("mlp", **{"weight-cap": 3.5})
+    made = build_methods(settings, initial_model(task, 0))
+    assert {made[name].weight_cap for name in ("ascent", "label-flip", "macforget")} == {3.5}
+
+
 def test_without_the_task_no_method_knows_channels():
     settings, task = digits("cnn")
     assert build_methods(settings, initial_model(task, 0))["tfidf"].network == Network()
