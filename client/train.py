@@ -168,8 +168,7 @@ def precision(
 
 def learning_rate(settings: LocalTraining, number: int) -> float:
     """Return the step size of round ``number``."""
-    milestones = [int(text) for text in settings.learning_rate_milestones.split(",") if text]
-    passed = sum(number > milestone for milestone in milestones)
+    passed = sum(number > milestone for milestone in settings.milestones)
     return settings.learning_rate * settings.learning_rate_factor**passed
 
 

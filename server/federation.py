@@ -35,8 +35,9 @@ from strategies.memory import Memory
 from strategies.methods.catalogue import MAKE
 from strategies.methods.drift import Drift
 from strategies.methods.fedup import FedUP
-from strategies.methods.holders import Ball
+from strategies.methods.holders import Ball, Holders
 from strategies.methods.interface import UNKNOWN, Method, Network, ServerLab
+from strategies.methods.masks import ClassDiscriminative, Mask, Noise
 from strategies.methods.negation import Negation
 from strategies.methods.replay import FedEraser
 from strategies.methods.settings import configured
@@ -168,10 +169,10 @@ def build_methods(
     """
     prunable = prunable_layers(model)
     rate = settings.pruning_rate
-    ready = configured(network, settings.method_settings)
-    ball = ready["pga"]
-    if isinstance(ball, Ball):
-        ready["pga"] = replace(ball, drawn=drawn)
+    ready = {
+        name: _as_here(method, settings, drawn)
+        for name, method in configured(network, settings.method_settings).items()
+    }
     own: dict[str, Method] = {
         "fedup": FedUP(rate=rate, prunable=prunable, score=settings.pruning_score),
         "random": FedUP(rate=rate, prunable=prunable, score="random", name="random"),
@@ -188,6 +189,20 @@ def build_methods(
         **ready,
     }
     return {name: own.get(name) or make() for name, make in MAKE.items()}
+
+
+def _as_here(
+    method: Method, settings: Settings, drawn: Callable[[], Iterable[Parameters]]
+) -> Method:
+    """Return a method with what the federation decides, and no setting of the method's own."""
+    match method:
+        case Mask() | ClassDiscriminative() | Noise():
+            return replace(method, schedule=settings.recovery_schedule)
+        case Holders():
+            return replace(method, weight_cap=settings.weight_cap)
+        case Ball():
+            return replace(method, drawn=drawn)
+    return method
 
 
 def network_of(task: Task, model: nn.Module) -> Network:

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from client.task.protocol import TaskOptions
 from strategies.messages import LocalTraining
+from strategies.tuning import Kind
 from unlearning import ffmu, pcmu
 from unlearning.catalogue import METHODS
 from unlearning.errors import SecateurError
@@ -108,6 +109,8 @@ class Settings(TaskOptions, LocalTraining):
     """Recovery ends within this of the validation accuracy before."""
     recovery_cap: int = Field(20, ge=1)
     """Recovery rounds, at most."""
+    recovery_schedule: Kind = "replay"
+    """Learning rates after masks and noise: the training's in five rounds, or its first one."""
 
     def task_options(self) -> TaskOptions:
         """Return what the task is told; equal options find the same task object."""

@@ -84,6 +84,11 @@ class LocalTraining(BaseModel):
             raise ValueError(f"{value!r} names no rounds; give numbers, such as 100,150")
         return ",".join(rounds)
 
+    @property
+    def milestones(self) -> tuple[int, ...]:
+        """Return the rounds after which the step size is smaller."""
+        return tuple(int(text) for text in self.learning_rate_milestones.split(",") if text)
+
     def to_record(self) -> ConfigRecord:
         """Return these settings as a record, without what the strategy itself sends."""
         fields = set(LocalTraining.model_fields) - {"proximal_mu"}

@@ -1,9 +1,12 @@
 """Recovery: when the rounds after an unlearning end (FedUP, ``methods`` 1.4)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from strategies.records import UnlearningRecord
+from strategies.tuning import Schedule
+from unlearning.plan import Scalar
 from unlearning.recovery import recovery_bound, rounds_to_reach
 
 VALIDATION = "validation_accuracy"
@@ -38,10 +41,16 @@ class RecoveryWatch:
         self.rule = rule
         self.current: UnlearningRecord | None = None
         """The unlearning that the model recovers from."""
+        self._schedule: Schedule | None = None
         self._accuracies: dict[int, float] = {}
 
-    def begin(self, record: UnlearningRecord, rate: float) -> None:
-        """Start the recovery from an unlearning that cut a share ``rate`` of the weights."""
+    def begin(
+        self, record: UnlearningRecord, rate: float, schedule: Schedule | None = None
+    ) -> None:
+        """Start the recovery from an unlearning that cut a share ``rate`` of the weights.
+
+        ``schedule`` says how clients train until it is over; ``None`` for as ever.
+        """
         before = self._accuracies.get(record.number - 1)
         if before is None:
             record.warnings.append("no validation accuracy from before: recovery runs to its cap")
@@ -51,7 +60,13 @@ class RecoveryWatch:
             reached = rounds_to_reach(curve, record.recovery_target)
             if reached is not None and rate > 0:
                 record.recovery_bound = recovery_bound(reached, rate)
-        self.current = record
+        self.current, self._schedule = record, schedule
+
+    def told(self, number: int, config: Mapping[str, object]) -> dict[str, Scalar]:
+        """Return what clients are told of round ``number`` in the place of its settings."""
+        if self.current is None or self._schedule is None:
+            return {}
+        return self._schedule.told(number - self.current.number, config)
 
     def measured_anew(self, before: float | None) -> None:
         """Take the accuracy from before, measured on the rows that recovery is judged by now.

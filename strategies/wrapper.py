@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -180,6 +181,8 @@ class Unlearning(Strategy):
         self._previous = messages.parameters_from(arrays)
         self._tell_forgettings(config)
         self._settle(grid, config)
+        for key, value in self.recovery.told(server_round, config).items():
+            config[key] = value
         with rounds.seeded_sampling(self.seed, server_round):
             chosen = self.strategy.configure_train(
                 server_round, arrays, config, self._visible(grid)
@@ -543,7 +546,11 @@ class Unlearning(Strategy):
         self.record.phase = Phase.UNLEARN
         record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
         seconds = time.perf_counter() - started
+        if isinstance(self.strategy, FFMU):  # which has rates of its own
+            outcome = replace(outcome, schedule=None)
         self._note_unlearned(record, outcome, seconds, situation.forgotten)
+        if outcome.schedule is not None:
+            record.settings = {**record.settings, **outcome.schedule.settings(config)}
         record.warnings += carrier.unheard
         self.data.forgot(situation.pending, situation.away)
         self._note_rounds(method, outcome, carrier, rewriting)
@@ -795,7 +802,7 @@ class Unlearning(Strategy):
         self.roster.ban(leaving, number, "forgotten")
         self.roster.clear_flags()
         if not outcome.exact:
-            self.recovery.begin(record, outcome.rate)
+            self.recovery.begin(record, outcome.rate, outcome.schedule)
         log.info("round %d: %s forgot %s", number, record.method, ", ".join(record.targets))
 
     def _encoded(self, answers: Sequence[Answer]) -> list[Message]:

@@ -21,6 +21,8 @@ Scope = Literal["model", "layer", "tensor"]
 """Among what the share is chosen: all scores, those of a layer (weight and bias together, told by
 the names), or those of one tensor."""
 
+TUNED = 5
+"""Epochs S of fine-tuning after a mask."""
 SMALL, USUAL = 0.02, 0.04
 """Shares R to mask: for CIFAR, and for MNIST and Tiny-ImageNet (``methods`` 5.1)."""
 

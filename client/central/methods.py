@@ -8,9 +8,7 @@ from client.central import masks, others, partial, quantised
 from client.central.case import Case, Made
 from strategies.methods import settings
 from strategies.methods.settings import Keys
-
-TUNED = 5
-"""Epochs S of fine-tuning after a mask (``methods`` 5)."""
+from unlearning.masking import TUNED
 
 
 class Nothing(Keys):

@@ -31,11 +31,6 @@ class Training(LocalTraining):
     concentration: float = Field(0, ge=0, le=1)
     """Share of an epoch's batches that hold rows to forget; 0 where chance decides."""
 
-    @property
-    def milestones(self) -> tuple[int, ...]:
-        """Return the epochs from which on the rate is smaller."""
-        return tuple(int(text) for text in self.learning_rate_milestones.split(",") if text)
-
 
 class Tuning(Keys):
     """Fine-tuning on the rows that remain."""

@@ -164,7 +164,10 @@ class BatchedTraining:
 
     # ------------------------------------------------------------ data and masks
     def _chunk_data(self, jobs: Sequence[Job]) -> "_ChunkData":
-        key = tuple(id(job.examples) for job in jobs)
+        settings = jobs[
+            0
+        ].settings  # which may change from round to round, and the schedule with it
+        key = settings.batch_size, settings.local_epochs, *(id(job.examples) for job in jobs)
         with self._lock:
             data = self._data.get(key) or self._data_before.pop(key, None)
         data = data or _ChunkData(jobs, self._device)

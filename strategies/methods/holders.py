@@ -24,6 +24,7 @@ from strategies.actions import (
 from strategies.memory import LastRound, Memory
 from strategies.methods.interface import Situation, Unlearned
 from strategies.methods.progress import progress_of
+from strategies.screen import Screen
 from unlearning import ascent
 from unlearning.errors import (
     MissingNeedError,
@@ -50,12 +51,16 @@ class Holders:
     strength
         What a holder's weight p_k is multiplied by, at least 0. Holders weigh against one another
         only: with 1 their changes add up to one whole change.
+    weight_cap
+        Largest weight of a holder, in units of their median, at least 1. The screen's own compares
+        with all who answer, and who holds nothing weighs as much as its other rows.
     """
 
     name: str
     step: type[Action]
     settings: Mapping[str, Any] = field(default_factory=dict)
     strength: float = 1.0
+    weight_cap: float = Screen.weight_cap
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -79,6 +84,7 @@ class Holders:
             raise MissingNeedError(
                 f"{self.name} needs that holders answer, and none of {len(situation.holders)} did"
             )
+        acted, capped = Screen(weight_cap=self.weight_cap).cap(acted)
         whole = sum(float(answer.num_examples) for answer in acted)
         result = copied(model)
         for answer in acted:
@@ -89,6 +95,11 @@ class Holders:
                 result[name] += moved[name] - model[name]
         told = {"holders": len(acted), "strength": self.strength, **self.settings}
         progress, warnings = progress_of(self.step, model, acted)
+        warnings += tuple(
+            f"capped: {client} claims {claimed:g} rows, more than {self.weight_cap:g} times the "
+            "holders' median, and counts as that"
+            for client, claimed in sorted(capped.items())
+        )
         return Unlearned(result, settings=told, progress=progress, warnings=warnings)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from strategies.actions import Selection
 from strategies.memory import Memory
+from strategies.tuning import Schedule
 from unlearning import retraining
 from unlearning.catalogue import Need
 from unlearning.certificates import ExactCheck
@@ -178,6 +179,8 @@ class Unlearned:
     warnings: tuple[str, ...] = ()
     progress: Mapping[str, float] = field(default_factory=dict)
     """How far holders got with their step: counts, sums and largest values."""
+    schedule: Schedule | None = None
+    """How clients train in the rounds of recovery; ``None`` for as ever."""
 
 
 class Method(Protocol):

@@ -18,6 +18,7 @@ from strategies.actions import Statistics as Question
 from strategies.memory import Memory
 from strategies.methods.interface import UNKNOWN, Network, Situation, Unlearned, done
 from strategies.methods.survey import Findings, Survey, conduct, squares_of
+from strategies.tuning import Kind, Schedule
 from unlearning import channel_masks, fisher, masking, tfidf
 from unlearning.errors import MissingNeedError
 from unlearning.fedup import prune
@@ -26,7 +27,7 @@ from unlearning.plan import Plan
 from unlearning.randomness import generator
 from unlearning.sums import Statistics, means
 
-Kind = Literal["fisher", "activations", "gradients", "classes"]
+Sums = Literal["fisher", "activations", "gradients", "classes"]
 MASKS = ("fisher-mask", "activation-mask", "grad-mask", "random-mask")
 _SAME = "same_scores: what is forgotten and what remains look alike, so chance decides the mask"
 
@@ -47,6 +48,8 @@ class Mask:
         Of ``fisher-mask``: how the two sets are compared, and among what the share is chosen.
     remain
         Of ``fisher-mask``: whether what remains counts; otherwise nobody is asked for it.
+    schedule
+        Of the rates in the rounds that follow.
     """
 
     name: str = "fisher-mask"
@@ -56,6 +59,7 @@ class Mask:
     form: fisher.Form = "mean"
     scope: masking.Scope = "model"
     remain: Literal["all", "none"] = "all"
+    schedule: Kind = "replay"
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
@@ -67,8 +71,9 @@ class Mask:
                 trained = squares_of(situation.model, self.network.trained)
                 draw = generator(situation.seed, "random mask", situation.number)
                 masks = masking.random_mask(trained, self.rate, draw)
-                told = {"rate": self.rate}
-                return done(Unlearned(prune(situation.model, masks), masks, told))
+                model, told = prune(situation.model, masks), {"rate": self.rate}
+                schedule = Schedule(situation.number, self.schedule)
+                return done(Unlearned(model, masks, told, schedule=schedule))
             case "fisher-mask":
                 return self._by_weights(situation)
         return self._by_channels(situation)
@@ -103,7 +108,7 @@ class Mask:
         return self._masked(situation, masks, scores, found)
 
     def _found(
-        self, situation: Situation, kind: Kind, groups: Mapping[str, Parameters]
+        self, situation: Situation, kind: Sums, groups: Mapping[str, Parameters]
     ) -> Plan[Findings]:
         survey = Survey(
             method=self.name,
@@ -129,7 +134,11 @@ class Mask:
         chance = (_SAME,) if masking.says_nothing(scores) else ()
         told = {"rate": self.rate, "most_samples": self.most_samples, **more, **found.settings}
         return Unlearned(
-            prune(situation.model, masks), masks, told, warnings=(*chance, *found.warnings)
+            prune(situation.model, masks),
+            masks,
+            told,
+            warnings=(*chance, *found.warnings),
+            schedule=Schedule(situation.number, self.schedule),
         )
 
 
@@ -150,6 +159,7 @@ class ClassDiscriminative:
     rate: float = tfidf.USUAL
     norm: bool = True
     most_samples: int = fisher.MOST_SAMPLES
+    schedule: Kind = "replay"
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
@@ -180,7 +190,13 @@ class ClassDiscriminative:
         )
         masks = _only_trained(masks, self.network)
         told = {"rate": self.rate, "norm": self.norm, **found.settings}
-        return Unlearned(prune(situation.model, masks), masks, told, warnings=found.warnings)
+        return Unlearned(
+            prune(situation.model, masks),
+            masks,
+            told,
+            warnings=found.warnings,
+            schedule=Schedule(situation.number, self.schedule),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +217,7 @@ class Noise:
     alpha: float = fisher.ALPHA
     relative: float = fisher.RELATIVE
     most_samples: int = fisher.MOST_SAMPLES
+    schedule: Kind = "replay"
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
@@ -236,11 +253,13 @@ class Noise:
                 alpha=self.alpha,
             )
         told = {"recipe": self.recipe, **found.settings}
-        return Unlearned(copied(model) | blurred, settings=told, warnings=found.warnings)
+        schedule = Schedule(situation.number, self.schedule)
+        blurred = copied(model) | blurred
+        return Unlearned(blurred, settings=told, warnings=found.warnings, schedule=schedule)
 
 
 def _question(
-    kind: Kind, sets: Literal["both", "forget", "remain"], most_samples: int, selection: Selection
+    kind: Sums, sets: Literal["both", "forget", "remain"], most_samples: int, selection: Selection
 ) -> Question:
     return Question(**selection.rows(), kind=kind, sets=sets, most_samples=most_samples)
 

@@ -163,6 +163,12 @@ def test_a_mean_by_weights_of_ones_own_is_no_plain_one():
     assert not is_plain_mean(FedAvg(weighted_by_key="loss"))
 
 
+def test_holders_weigh_under_the_federations_own_cap():
+    settings, task = digits("mlp", **{"weight-cap": 3.5})
+    made = build_methods(settings, initial_model(task, 0))
+    assert {made[name].weight_cap for name in ("ascent", "label-flip", "macforget")} == {3.5}
+
+
 def test_without_the_task_no_method_knows_channels():
     settings, task = digits("cnn")
     assert build_methods(settings, initial_model(task, 0))["tfidf"].network == Network()

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +184,18 @@ def test_a_milestone_changes_the_step_from_the_round_after_it():
     # One step on four examples, in any order: a tenth of the step goes a tenth of the way.
     assert moved(3) == pytest.approx(moved(1), rel=1e-4)
     assert moved(4) == pytest.approx(moved(3) / 10, rel=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"local_epochs": 3}, {"local_epochs": 1}, {"batch_size": 2}])
+def test_settings_may_change_from_round_to_round(change):
+    task = Toy(mlp)
+    start, training = start_of(task), Training()
+    before = jobs_of(task, UNEQUAL, local_epochs=2)
+    run(before, start, training)  # on the same examples, which are kept at hand
+    now = [replace(job, settings=job.settings.model_copy(update=change)) for job in before]
+    for jobs in (now, before):
+        for job, outcome in zip(jobs, run(jobs, start, training), strict=True):
+            assert distance(outcome, alone(job, start)) < 1e-5
 
 
 def test_chunks_change_nothing_but_rounding(monkeypatch):

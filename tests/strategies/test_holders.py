@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from statistics import median_low
 
 import pytest
 import torch
@@ -89,14 +90,14 @@ def holding(*held):
     ("make", "step"), [(ascending, Ascent), (flipping, LabelFlip), (macforget, MacForget)]
 )
 def test_changes_add_up_by_the_rows_of_holders(make, step):
-    # w = 1, answers 2 and 5 of 30 and 10 rows: 1 + 3/4 (2 - 1) + 1/4 (5 - 1) = 2.75. The third
+    # w = 1, answers 2 and 5 of 20 and 10 rows: 1 + 2/3 (2 - 1) + 1/3 (5 - 1) = 3. The third
     # holds nothing, whatever it sends.
     start = model()
     found, (asked,) = run(
         make(learning_rate=0.5).plan(situation(waiting((0, 1, 2), TOKENS), start=start)),
-        holding((2, 30), (5, 10), (9, 0, 1000)),
+        holding((2, 20), (5, 10), (9, 0, 1000)),
     )
-    assert value(found.model) == pytest.approx(2.75)
+    assert value(found.model) == pytest.approx(3)
     assert value(start) == 1
     assert found.model["norm.num_batches_tracked"] == start["norm.num_batches_tracked"]
     assert {"holders": 2, "strength": 1.0, "learning_rate": 0.5}.items() <= found.settings.items()
@@ -110,12 +111,27 @@ def test_changes_add_up_by_the_rows_of_holders(make, step):
     assert not asked.everybody
 
 
-@pytest.mark.parametrize(("strength", "expected"), [(0.0, 1), (0.5, 1.875), (1.0, 2.75), (2.0, 4)])
+@pytest.mark.parametrize(
+    ("strength", "expected"), [(0.0, 1), (0.5, 2), (1.0, 3), (1.5, 4), (2.0, 14 / 3)]
+)
 def test_strength_multiplies_a_holders_weight_up_to_all_of_its_change(strength, expected):
-    # 1 + s 3/4 (2 - 1) + s 1/4 (5 - 1), no weight above 1: of s = 2, 1 + 1 + 2 = 4.
+    # 1 + s 2/3 (2 - 1) + s 1/3 (5 - 1), no weight above 1: of s = 1.5, 1 + 1 + 2 = 4. At s = 2 the
+    # first one's would be 4/3, and counts as 1: 1 + 1 + 2/3 4.
     made = Holders(name="ascent", step=Ascent, strength=strength)
-    found, _ = run(made.plan(situation(waiting((0, 1)))), holding((2, 30), (5, 10)))
+    found, _ = run(made.plan(situation(waiting((0, 1)))), holding((2, 20), (5, 10)))
     assert value(found.model) == pytest.approx(expected)
+
+
+def test_a_holders_weight_is_capped_among_those_that_hold_something():
+    # Rows 4, 5 and 900, median 5: the third counts as 10, whatever those without rows weigh.
+    claims = holding((2, 4), (2, 5), (21, 900), (9, 0, 700), (9, 0, 700), (9, 0, 700))
+    found, _ = run(ascending().plan(situation(waiting(range(6)))), claims)
+    assert value(found.model) == pytest.approx(1 + (4 + 5 + 10 * 20) / 19)
+    (warning,) = found.warnings
+    assert warning.startswith("capped: client-0002 claims 900 rows, more than 2 times the")
+    made = Holders(name="ascent", step=Ascent, weight_cap=3.0)
+    found, _ = run(made.plan(situation(waiting(range(6)))), claims)
+    assert value(found.model) == pytest.approx(1 + (4 + 5 + 15 * 20) / 24)
 
 
 @pytest.mark.parametrize("strength", [-0.1, math.nan])
@@ -134,16 +150,17 @@ def test_the_result_is_between_the_answers(held):
             run(plan, holding(*held))
         return
     found, _ = run(plan, holding(*held))
-    whole = sum(count for _, count in counted)
-    expected = sum(made * count / whole for made, count in counted)
+    most = 2 * median_low(count for _, count in counted)
+    whole = sum(min(count, most) for _, count in counted)
+    expected = sum(made * min(count, most) / whole for made, count in counted)
     assert value(found.model) == pytest.approx(expected, abs=1e-4)
 
 
 def test_holders_that_do_not_answer_weigh_nothing():
     found, _ = run(
-        ascending().plan(situation(waiting((0, 1, 2)))), holding((2, 30), (None, 0), (5, 10))
+        ascending().plan(situation(waiting((0, 1, 2)))), holding((2, 20), (None, 0), (5, 10))
     )
-    assert value(found.model) == pytest.approx(2.75)
+    assert value(found.model) == pytest.approx(3)
     with pytest.raises(MissingNeedError, match="ascent needs that holders answer, and none of 2"):
         run(ascending().plan(situation(waiting((0, 1)))), holding((None, 0), (None, 0)))
 
