@@ -168,7 +168,8 @@ class Keeping:
         Returns
         -------
         int
-            How many rows of ``examples`` the selection means, forgotten before or not.
+            How many rows the selection means, forgotten before or not: those in ``examples``, and
+            those that tokens stand for and are away.
         """
         with locked(self.folder):
             known, when = self.forgotten(), When(round=number, request=request)
@@ -181,7 +182,13 @@ class Keeping:
             changed = Forgotten(rows=added | known.rows, classes=classes)
             if changed != known:
                 write_record(self.folder / FORGOTTEN, changed)
-        return len(self.select(selection, examples))
+        return self._count(selection, examples)
+
+    def _count(self, selection: Selection, examples: Examples) -> int:
+        chosen = self.select(selection, examples)
+        if selection.forget != "samples" or not (known := self.contents(selection, examples)):
+            return len(chosen)
+        return len(chosen) + len(known.difference(rows.content_hashes(examples)))
 
     def issue(
         self, places: Sequence[int], examples: Examples, *, seed: int | None = None
