@@ -113,7 +113,7 @@ def build_app(
     def batches(message: Message, context: Context) -> Message:
         rows, log = _logged(Batches, message, context, options(context))
         # Who holds nothing of what is asked for needs no log.
-        left, first = _needed(log).check(rows) if rows else (0, 0)
+        left, first = (0, 0) if rows == frozenset() else _needed(log).check(rows)
         told = {"rows": left, "first-round": first}
         return Message(messages.evaluate_reply(told, 1), reply_to=message)
 
@@ -163,10 +163,15 @@ def _register(
 
 def _logged(
     kind: type[Selection], message: Message, context: Context, own: TaskOptions
-) -> tuple[frozenset[str], BatchLog | None]:
-    """Return the contents of the rows that a message selects, and the log of batches."""
+) -> tuple[frozenset[str] | None, BatchLog | None]:
+    """Return the contents of the rows that a message selects, and the log of batches.
+
+    ``None`` for all rows, which are more than are there today.
+    """
     log = log_of(message, context, own)
     asked = kind.model_validate(config_of(message))
+    if asked.forget == "all":
+        return None, log
     return needed_keeping(own, context).contents(asked, examples_of(own, context)), log
 
 

@@ -198,7 +198,9 @@ class BatchLog:
             yield recorder.step
             recorder.commit(content_hashes(job.examples))
 
-    def take_back(self, like: Parameters, samples: frozenset[str], request: str) -> TakenBack:
+    def take_back(
+        self, like: Parameters, samples: frozenset[str] | None, request: str
+    ) -> TakenBack:
         """Return what samples brought into the model, to be subtracted once.
 
         Nothing is deleted until the server says that it did (``told``): asked again, for whatever
@@ -209,7 +211,7 @@ class BatchLog:
         like
             A model, for names, shapes and dtypes.
         samples
-            Contents of rows.
+            Contents of rows; ``None`` for all that were ever logged.
         request
             What the server will call it by; another one than before means that what it was told
             then was not used, unless it said otherwise.
@@ -223,13 +225,15 @@ class BatchLog:
             If all samples were removed before.
         """
         with self._opened(samples) as (index, wanted, rows, holding):
+            if samples != frozenset() and not wanted:
+                raise RefusedRequestError("already removed: all rows of this request")
             update, removed = contribution(like, self._entries(holding, rows, wanted), wanted)
             claim = Claim(request=request, samples=sorted(wanted), through=index.rounds[-1].number)
             if claim != index.claim:
                 self._write(index.model_copy(update={"claim": claim}))
         return TakenBack(update, len(removed.batches), index.rounds[0].number)
 
-    def check(self, samples: frozenset[str]) -> tuple[int, int]:
+    def check(self, samples: frozenset[str] | None) -> tuple[int, int]:
         """Return how many of some samples could be taken back, and the first round logged.
 
         Samples removed before are not counted; 0 and 0 where none is left. Nothing is changed.
@@ -239,18 +243,17 @@ class BatchLog:
         BatchLogError
             As ``take_back`` would.
         """
-        left = samples - set(self._index().removed)
-        if not left:
+        if samples is not None and samples <= set(self._index().removed):
             return 0, 0
-        with self._opened(left) as (index, _, _, holding):
+        with self._opened(samples) as (index, wanted, _, holding):
             for entry in holding:
                 for part in entry.parts:
                     files.load(self.home, part)
-        return len(left), index.rounds[0].number
+        return len(wanted), index.rounds[0].number if wanted else 0
 
     @contextlib.contextmanager
     def _opened(
-        self, samples: frozenset[str]
+        self, samples: frozenset[str] | None
     ) -> Iterator[tuple[Index, frozenset[str], dict[File, list[str]], list[Round]]]:
         """Give the index, samples not removed before, every round's rows, and rounds with them."""
         if not (self.home / INDEX).exists():
@@ -259,11 +262,10 @@ class BatchLog:
             index = self._index()
             if not index.rounds:
                 raise BatchLogError(NOT_LOGGED)
-            wanted = samples - set(index.removed)
-            if samples and not wanted:
-                raise RefusedRequestError("already removed: all rows of this request")
             lists = {entry.rows for entry in index.rounds}
             rows = {file: files.load_rows(self.home, file) for file in lists}
+            asked = frozenset().union(*rows.values()) if samples is None else samples
+            wanted = asked.difference(index.removed)
             holding = [entry for entry in index.rounds if not wanted.isdisjoint(rows[entry.rows])]
             self._check(holding)
             # What never entered an average need not be there.

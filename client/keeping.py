@@ -168,8 +168,9 @@ class Keeping:
         Returns
         -------
         int
-            How many rows of ``examples`` the selection means, forgotten before or not. A class is
-            written where there are none, too: rows of it may come later.
+            How many rows the selection means, forgotten before or not: those in ``examples``, and
+            those that tokens stand for and are away. A class is written where there are none, too:
+            rows of it may come later.
 
         Raises
         ------
@@ -178,7 +179,7 @@ class Keeping:
             for what is on the list.
         """
         with locked(self.folder):
-            count = len(self.select(selection, examples))
+            count = self._count(selection, examples)
             known, when = self.forgotten(), When(round=number, request=request)
             if selection.forget == "class":
                 added: dict[str, When] = {}
@@ -190,6 +191,12 @@ class Keeping:
             if changed != known:
                 write_record(self.folder / FORGOTTEN, changed)
         return count
+
+    def _count(self, selection: Selection, examples: Examples) -> int:
+        chosen = self.select(selection, examples)
+        if selection.forget != "samples" or not (known := self.contents(selection, examples)):
+            return len(chosen)
+        return len(chosen) + len(known.difference(rows.content_hashes(examples)))
 
     def issue(
         self, places: Sequence[int], examples: Examples, *, seed: int | None = None

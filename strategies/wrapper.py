@@ -409,6 +409,10 @@ class Unlearning(Strategy):
     def _active(self) -> tuple[str, ...]:
         return tuple(filter(self._may_take_part, self.directory.clients()))
 
+    def _members(self) -> tuple[str, ...]:
+        """Return all but whom the roster excludes, also who has yet to drop what is forgotten."""
+        return tuple(filter(self.roster.may_take_part, self.directory.clients()))
+
     def _may_take_part(self, client: str) -> bool:
         return self.roster.may_take_part(client) and client not in self.data.barred
 
@@ -417,9 +421,8 @@ class Unlearning(Strategy):
         if not self.forgotten_classes:
             return
         there = sorted(self.directory.refresh(grid).values())
-        known = [c for c in self.directory.clients() if self.roster.may_take_part(c)]
         carrier = self.plan_rounds(grid, config, times=self.forgettings)
-        self.data.settle(known, there, carrier)
+        self.data.settle(self._members(), there, carrier)
         for client, why in self.data.barred.items():
             log.warning("round %d: %s takes no part: %s", self.record.number, client, why)
 
@@ -491,15 +494,16 @@ class Unlearning(Strategy):
         number = self.record.number
         method = self.forgetting.methods[name]
         rewriting = Rewriting(self.memory, number, logged=self.shares.on)
+        active, whole = self._active(), Need.BATCH_LOG in METHODS[name].needs
         carrier = self.plan_rounds(grid, config, every=rewriting.wants)
         situation = Situation(
             number,
             model,
             self._previous,
             self.memory,
-            tuple(with_newcomers(entry, self._active()) for entry in due),
+            tuple(with_newcomers(entry, self._members() if whole else active) for entry in due),
             self.record.participants,
-            self._active(),
+            active,
             carrier.aggregate,
             rewriting.note,
             rounds.remembers(self.strategy),
@@ -527,7 +531,7 @@ class Unlearning(Strategy):
                 honest = situation.retained if compared else situation.active
                 check_majority(gone, len(honest) + gone)
             self.forgetting.check_budget(name, due, number, situation.remembers)
-            steps = after_dropping(situation, method.plan)
+            steps = after_dropping(situation, method.plan, everybody=whole)
             outcome = carry_out(steps, ask, self.store.journal(plan))
         except (RefusedRequestError, ParametersError) as error:
             self.store.drop_journal(plan)

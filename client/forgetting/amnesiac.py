@@ -6,7 +6,9 @@ from unlearning.amnesiac import taken_back
 from unlearning.parameters import Parameters
 
 
-def amnesiac(start: Parameters, kept: BatchLog, samples: frozenset[str], request: str) -> Outcome:
+def amnesiac(
+    start: Parameters, kept: BatchLog, samples: frozenset[str] | None, request: str
+) -> Outcome:
     """Return ``w - Z_k``: the global model without what batches with the samples brought into it.
 
     Parameters
@@ -14,7 +16,7 @@ def amnesiac(start: Parameters, kept: BatchLog, samples: frozenset[str], request
     start
         Global model w.
     samples
-        Contents of rows (``client.rows``).
+        Contents of rows (``client.rows``); ``None`` for all that were ever logged.
     request
         What the server calls it by.
 

@@ -22,7 +22,10 @@ class NothingHeldError(ImpossibleRequestError):
 
 
 def after_dropping(
-    situation: Situation, plan: Callable[[Situation], Plan[Unlearned]]
+    situation: Situation,
+    plan: Callable[[Situation], Plan[Unlearned]],
+    *,
+    everybody: bool = False,
 ) -> Plan[Unlearned]:
     """Ask the holders to drop what is to be forgotten, then go on with a method's plan.
 
@@ -32,6 +35,12 @@ def after_dropping(
     until they have dropped it. Where nobody leaves or the clients leave themselves, the plan is the
     method's own.
 
+    Parameters
+    ----------
+    everybody
+        Whether all holders of a class must be there, too: what one that is away brought into the
+        model would stay in it.
+
     Raises
     ------
     NothingHeldError
@@ -40,7 +49,8 @@ def after_dropping(
     for entry in situation.pending:
         if entry.selection is None:
             continue
-        answers = yield asked_to_drop(entry.selection, entry.clients)
+        asked = asked_to_drop(entry.selection, entry.clients)
+        answers = yield replace(asked, away=asked.away and not everybody)
         for answer in answers:
             rows = int(answer.metrics.get("rows", 0))
             situation.dropped[answer.client] = situation.dropped.get(answer.client, 0) + rows

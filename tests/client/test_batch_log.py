@@ -29,6 +29,7 @@ CPU = torch.device("cpu")
 EXAMPLES = TensorDataset(
     torch.randn(22, 5, generator=torch.Generator().manual_seed(1)), torch.arange(22) % 3
 )
+LATE = TensorDataset(torch.ones(2, 5), torch.tensor([0, 0]))
 HASHES = content_hashes(EXAMPLES)
 EVERY = frozenset(HASHES)
 
@@ -340,6 +341,22 @@ def test_rows_trained_on_again_can_be_removed_again(tmp_path):
     assert log.take_back(model, EVERY, "r2").batches == 6
 
 
+def test_all_are_all_that_were_ever_logged(tmp_path):
+    log = full(tmp_path)
+    model = trained(log, shares=[1.0, 1.0])
+    do(job(3, log, LATE), model)
+    log.told({3: 1.0})
+    assert log.check(None) == (23, 1)  # 22 rows, and two alike
+    expected = log.take_back(model, EVERY | set(content_hashes(LATE)), "r1")
+    found = served(log, model, None, "r2")
+    assert (found.batches, same(found.update, expected.update)) == (14, True)  # 2 * 6, and 2
+    assert log.check(None) == (0, 0)
+    with pytest.raises(RefusedRequestError, match="already removed"):
+        log.take_back(model, None, "r3")
+    with pytest.raises(BatchLogError, match="no batch is logged"):
+        full(tmp_path / "none").check(None)
+
+
 def test_rows_of_others_take_nothing_back(tmp_path):
     log = full(tmp_path)
     model = trained(log, shares=[1.0, 1.0])
@@ -447,14 +464,13 @@ def files_size(folder, log):
 def test_a_full_log_drops_its_oldest_rounds_and_says_which_are_missed(tmp_path, caplog):
     size = _size_of_a_round(tmp_path / "one")
     log = full(tmp_path / "log", limit=int(2.5 * size))
-    late = TensorDataset(torch.ones(2, 5), torch.tensor([0, 0]))
     model = trained(log, 3, shares=[1.0, 1.0, 1.0])
     assert "updates of round 1 are dropped" in caplog.text
     with pytest.raises(BatchLogError, match="batches of round 1 are needed"):
         log.take_back(model, frozenset(HASHES[:1]), "r")
-    do(job(4, log, late), model)  # was in none of the rounds dropped, here and now also 2
+    do(job(4, log, LATE), model)  # was in none of the rounds dropped, here and now also 2
     log.told({4: 1.0})
-    assert log.take_back(model, frozenset(content_hashes(late)), "r").batches == 2
+    assert log.take_back(model, frozenset(content_hashes(LATE)), "r").batches == 2
     held = sum(path.stat().st_size for path in (tmp_path / "log").glob("round*"))
     assert held <= 2.5 * size
 

@@ -158,8 +158,11 @@ def test_a_class_is_forgotten_with_rows_that_come_later_and_all_only_what_is_the
 
 def test_a_row_that_is_away_is_forgotten_before_it_comes_back(tmp_path):
     keeping = Keeping(tmp_path)
-    (token,) = keeping.issue([4], data())
-    assert keeping.forget(samples(token), data([0, 1]), 1) == 0
+    tokens = keeping.issue([4, 1, 6], data())
+    # It counts, for it may have been trained on: two that are away, and one that is there twice.
+    twice = data([0, 1, 1])
+    assert keeping.forget(samples(*tokens), twice, 1) == 4
+    assert keeping.forget(samples(tokens[0]), data([0, 1]), 1) == 1
     assert firsts(keeping.without_forgotten(data([4, 5]))) == [5]
 
 

@@ -1,10 +1,13 @@
 """Amnesiac unlearning with real clients and logs, while messages are lost and servers fail."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from client.app import build_app
 from client.keeping import keeping_at
+from client.rows import subset
 from client.task.evaluation import state_of
 from client.task.protocol import load_task
 from server.federation import build_federation, initial_model
@@ -295,3 +298,46 @@ def test_a_replay_that_does_not_count_leaves_logs_that_nothing_is_taken_back_fro
     refused = made.play(7)[-1].refused
     assert "client-0001" in refused
     assert made.subtracted == []
+
+
+# ---------------------------------------------------------------- rows that are away
+def only_one_row_left(monkeypatch, client):
+    """The owner takes all rows but one out of its folder; its holding is another object then."""
+    kind = type(load_task(read_settings({"task": "digits"}).task_options()))
+    whole = kind.client_data
+
+    def less(task, partition, partitions):
+        found = whole(task, partition, partitions)
+        return replace(found, train=subset(found.train, [0])) if partition == client else found
+
+    monkeypatch.setattr(kind, "client_data", less)
+
+
+def test_of_who_leaves_all_is_taken_back_that_it_ever_trained_on(tmp_path, monkeypatch):
+    taken = []
+    for here in (True, False):
+        made = Federation(tmp_path / str(here), **{"batch-size": 4})
+        made.play(3)
+        if not here:
+            only_one_row_left(monkeypatch, 1)
+        made.server.request(Request(Target.CLIENT, ("client-0001",), "privacy", method="amnesiac",
+                                    guarantee="approximate", target_cooperates=True))  # fmt: skip
+        done = made.play(4)[0]
+        assert done.refused is None
+        taken.append((done.settings, made.subtracted[0]))
+    assert taken[0][0] == taken[1][0]
+    assert taken[0][0]["batches"] > 3  # more than one of every round
+    assert alike(taken[0][1], taken[1][1])
+
+
+def test_rows_that_are_away_are_taken_back_by_their_tokens(tmp_path, monkeypatch):
+    made = Federation(tmp_path, **{"batch-size": 4})
+    made.play(3)
+    examples = made.task.client_data(1, CLIENTS).train
+    tokens = keeping_at(str(tmp_path), 1).issue([1, 2], examples)
+    only_one_row_left(monkeypatch, 1)
+    made.server.request(Request(Target.SAMPLES, ("client-0001",), "privacy", tokens=tuple(tokens),
+                                method="amnesiac", guarantee="approximate"))  # fmt: skip
+    done = made.play(4)[0]
+    assert done.refused is None
+    assert 3 <= done.settings["batches"] <= 6  # in rounds 1 to 3, one or two in each

@@ -341,7 +341,7 @@ def without(*numbers):
     return tuple(client(number) for number in range(CLIENTS) if number not in numbers)
 
 
-@pytest.mark.parametrize("name", ["ascent", "retrain", "fisher-mask", "amnesiac", "rcad"])
+@pytest.mark.parametrize("name", ["ascent", "retrain", "fisher-mask", "rcad"])
 def test_who_is_away_when_a_class_is_forgotten_takes_part_again_once_it_has_dropped_it(name):
     clients = Clients()
     clients.away["query.forget"] = {2}
@@ -361,6 +361,39 @@ def test_who_is_away_when_a_class_is_forgotten_takes_part_again_once_it_has_drop
     again, _ = play(wrapped, clients.grid, played + 2, played=played, model=models[-1])
     assert clients.of("query.forget") == [2]
     assert [record.participants for record in again] == [ALL, ALL]
+
+
+@pytest.mark.parametrize("action", ["query.forget", "query.batches", "train.amnesiac"])
+def test_whose_batches_are_in_the_model_must_be_there_to_take_them_back(action):
+    clients = Clients()
+    clients.away[action] = {2}
+    wrapped, records, models = requested(clients, MAKE["amnesiac"]())
+    refused = records[0].unlearning.refused
+    assert f"{action} needs an answer of everybody asked: client-0002" in refused
+    assert wrapped.forgotten_classes == set()
+    assert wrapped.memory.taken_back == ()
+    clients.away.clear()
+    played = records[-1].number
+    again, _ = play(wrapped, clients.grid, played + 2, played=played, model=models[-1])
+    assert again[0].unlearning.refused is None
+    assert again[0].unlearning.settings["holders"] == CLIENTS
+
+
+def test_who_is_barred_must_be_there_to_take_its_batches_back():
+    # Client 2 is away while class 1 is forgotten otherwise, and so takes no part; then class 2 goes.
+    clients = Clients()
+    clients.away["query.forget"] = {2}
+    wrapped = made(None)
+    _, models = play(wrapped, clients.grid, 3)
+    wrapped.request(asked_for("ascent"))
+    records, models = play(wrapped, clients.grid, 4, played=3, model=models[-1])
+    assert records[0].unlearning.refused is None
+    wrapped.request(dataclasses.replace(asked_for("amnesiac"), label=2))
+    played = records[-1].number
+    later, models = play(wrapped, clients.grid, played + 1, played=played, model=models[-1])
+    assert client(2) not in later[0].participants
+    (told,) = [r.unlearning.refused for r in later if r.unlearning is not None]
+    assert "query.forget needs an answer of everybody asked: client-0002" in told
 
 
 def joining(clients, *late):
