@@ -101,7 +101,12 @@ def build_app(
         keeping, examples = needed_keeping(own, context), examples_of(own, context)
         request = str(config.get(messages.REQUEST, ""))
         number = int(config.get(messages.SERVER_ROUND, 0))
-        count = keeping.forget(Forget.model_validate(config), examples, number, request)
+        asked = Forget.model_validate(config)
+        if asked.dry:
+            keeping.forgotten()  # raises where nothing could be added to it
+            count = len(keeping.select(asked, examples))
+        else:
+            count = keeping.forget(asked, examples, number, request)
         # Weights are compared, and who holds much more than others has done nothing wrong.
         return Message(messages.evaluate_reply({"rows": count}, 1), reply_to=message)
 

@@ -9,11 +9,12 @@ from strategies.directory import Directory
 from strategies.ffmu import FFMU
 from strategies.forgetting import Forgetting
 from strategies.methods.dropping import NothingHeldError, asked_to_drop, described
-from strategies.methods.interface import Pending
+from strategies.methods.interface import Dropped, Pending
 from strategies.rounds import PlanRounds, UnansweredError
-from unlearning.catalogue import Target
+from unlearning.catalogue import METHODS, Target
 from unlearning.certificates import ExactCheck
 from unlearning.errors import (
+    ImpossibleRequestError,
     NoBatchLogError,
     NotCertifiedError,
     RefusedRequestError,
@@ -27,7 +28,7 @@ log = logging.getLogger("flwr")
 
 @dataclass
 class _Forgotten:
-    """Who was asked to drop a class that is forgotten, and who has done so."""
+    """Who is to drop a class or samples that are forgotten, and who has done so."""
 
     asked: set[str] = field(default_factory=set)
     everywhere: bool = False
@@ -59,6 +60,8 @@ class DataRequests:
         self.barred: dict[str, str] = {}
         """Client -> why it may not take part in this round."""
         self._forgotten: dict[Selection, _Forgotten] = {}
+        self._just_asked: set[Selection] = set()
+        """What holders were asked to drop before this round."""
 
     def wait(
         self,
@@ -68,8 +71,12 @@ class DataRequests:
         number: int,
         model: Parameters,
         passed: frozenset[str] = frozenset(),
+        dropped: Dropped | None = None,
     ) -> None:
-        """Put a request on the waiting list; of ``active`` clients all where it names none."""
+        """Put a request on the waiting list; of ``active`` clients all where it names none.
+
+        ``dropped`` is what its holders have dropped of it already.
+        """
         selection = (
             Selection(forget="class", forget_class=request.label)
             if request.target is Target.CLASS
@@ -85,6 +92,7 @@ class DataRequests:
             selection,
             request,
             passed,
+            dropped or Dropped(),
         )
 
     def check(self, strategy: FFMU, removed: Mapping[str, int]) -> ExactCheck:
@@ -100,20 +108,168 @@ class DataRequests:
         for client, rows in dropped.items():
             self.certified[client] = self.certified.get(client, 0) + rows
 
-    def forgot(self, due: Iterable[Pending], away: Collection[str]) -> None:
-        """Take note of the classes among what was forgotten, and of who has yet to drop them."""
-        for entry in due:
-            if entry.selection is None or entry.selection.forget != "class":
+    # ------------------------------------------------------------ dropping
+    @property
+    def idle(self) -> bool:
+        """Say whether nobody has anything to drop."""
+        return not self._forgotten and all(entry.ready for entry in self._forgetting.pending)
+
+    def drop(
+        self, clients: Sequence[str], there: Collection[str], carrier: PlanRounds
+    ) -> list[tuple[Pending, SecateurError]]:
+        """Ask holders to drop what waits to be forgotten, whenever its method's time will be.
+
+        Of several holders all are asked first whether they will, so that nobody drops anything
+        where somebody refuses. Whoever has not dropped what it is known to hold, or may hold of
+        what others hold, is barred until it has.
+
+        Parameters
+        ----------
+        clients
+            All that may take part or are barred only.
+        there
+            Those that can be asked now.
+
+        Returns
+        -------
+        list
+            Requests that are held up or come to an end here, and why.
+        """
+        failed: list[tuple[Pending, SecateurError]] = []
+        self._just_asked = set()
+        for entry in self._forgetting.pending:
+            if entry.selection is None or entry.dropped is None or entry.ready:
                 continue
-            self.forgotten_classes.add(entry.selection.forget_class)
-            known = self._forgotten.setdefault(entry.selection, _Forgotten())
-            known.dropped.update(set(entry.clients) - set(away))
-            known.asked.update(entry.clients)
+            self._just_asked.add(entry.selection)
+            asks = carrier.asks
+            try:
+                self._drop(entry, entry.selection, entry.dropped, clients, there, carrier)
+            except RefusedRequestError as error:
+                failed.append((entry, error))
+            entry.dropped.asks += carrier.asks - asks
+        return failed
+
+    def _drop(
+        self,
+        entry: Pending,
+        selection: Selection,
+        state: Dropped,
+        clients: Sequence[str],
+        there: Collection[str],
+        carrier: PlanRounds,
+    ) -> None:
+        """Ask for one request; raises where not all have dropped it that must."""
+        holders = [c for c in clients if everywhere(entry) or c in entry.clients]
+        state.concerned.update(holders if everywhere(entry) else entry.clients)
+        if not holders:
+            if not METHODS[entry.method].replays:
+                raise AllLeaveError(selection)
+            state.done = True  # they take no part when the rounds are played again
+            return
+        late = [client for client in holders if client not in state.rows]
+        asked = [client for client in late if client in there]
+        silent = dict.fromkeys(late, "away")
+        if len(asked) > 1:
+            heard = self._ask(selection, asked, carrier, silent, dry=True)
+            asked = list(heard)  # the others would let themselves be waited for twice
+            counts = [*heard.values(), *state.rows.values()]
+            told = (heard and selection.forget == "class") or len(heard) == len(late)
+            if told and not any(rows > 0 for rows in counts):
+                raise NothingHeldError(len(holders), selection)
+        state.rows |= self._ask(selection, asked, carrier, silent)
+        if state.rows or not everywhere(entry):
+            known = self._forgotten.setdefault(selection, _Forgotten())
+            known.asked.update(holders)
             known.everywhere = known.everywhere or everywhere(entry)
-        self.barred |= dict.fromkeys(away, "was away when a class was forgotten")
+            known.dropped.update(state.rows)
+        silent = {client: why for client, why in silent.items() if client not in state.rows}
+        if silent and not (selection.forget == "class" and state.rows):
+            raise UnansweredError(asked_to_drop(selection, late), silent)
+        if not any(rows > 0 for rows in state.rows.values()):
+            raise NothingHeldError(len(holders), selection)
+        state.done = True
+
+    def _ask(
+        self,
+        selection: Selection,
+        clients: Sequence[str],
+        carrier: PlanRounds,
+        silent: dict[str, str],
+        *,
+        dry: bool = False,
+    ) -> dict[str, int]:
+        """Return how many rows each holds that answers, and note in ``silent`` why others do not.
+
+        Raises
+        ------
+        UnansweredError
+            If it is only asked whether they will, and somebody refuses.
+        """
+        if not clients:
+            return {}
+        question = asked_to_drop(selection, clients, dry=dry)
+        answers = carrier.ask(question)
+        silent |= carrier.rejected
+        unheard = UnansweredError(question, carrier.rejected)
+        if dry and unheard.refused:
+            raise unheard
+        return {answer.client: int(answer.metrics.get("rows", 0)) for answer in answers}
+
+    def _excuse(self, entry: Pending) -> None:
+        """Let those be who have not dropped what was withdrawn."""
+        if entry.selection in self._forgotten:
+            known = self._forgotten[entry.selection]
+            known.asked, known.everywhere = set(known.dropped), False
+
+    def served(self, entry: Pending, method: str, active: Collection[str]) -> Pending:
+        """Return what waits as a method is told of it, with the holders that concern it.
+
+        Where past rounds are played again these are all who had a part in them; otherwise those who
+        have dropped it and can be asked.
+
+        Raises
+        ------
+        AllLeaveError
+            If there are none by now.
+        """
+        if entry.dropped is None or entry.selection is None:
+            return entry
+        found = entry.dropped.concerned
+        if not METHODS[method].replays:
+            dropped = set(entry.dropped.rows)
+            if everywhere(entry):
+                dropped |= self._forgotten[entry.selection].dropped
+            found = dropped & set(active)
+        if not found:
+            raise AllLeaveError(entry.selection)
+        return replace(entry, clients=tuple(sorted(found)))
+
+    def dropped(self, entries: Iterable[Pending]) -> dict[str, int]:
+        """Return how many rows each client dropped of what is forgotten."""
+        found: dict[str, int] = {}
+        for entry in entries:
+            if entry.dropped is not None:
+                for client, rows in entry.dropped.rows.items():
+                    found[client] = found.get(client, 0) + rows
+        return found
+
+    def late(self, entries: Iterable[Pending]) -> set[str]:
+        """Return who has yet to drop what is about to be forgotten."""
+        found: set[str] = set()
+        for entry in entries:
+            if entry.selection is not None and entry.dropped is not None:
+                owed = self.owed(sorted(entry.dropped.concerned))
+                found.update(owed.get(entry.selection, ()))
+        return found
+
+    def forgot(self, due: Iterable[Pending]) -> None:
+        """Take note of the classes among what was forgotten."""
+        for entry in due:
+            if entry.selection is not None and entry.selection.forget == "class":
+                self.forgotten_classes.add(entry.selection.forget_class)
 
     def owed(self, clients: Iterable[str]) -> dict[Selection, tuple[str, ...]]:
-        """Return what was forgotten while some clients were away or had not joined yet."""
+        """Return what was dropped while some clients were away or had not joined yet."""
         found = {}
         for selection, known in self._forgotten.items():
             if late := tuple(client for client in clients if known.owed_by(client)):
@@ -131,8 +287,8 @@ class DataRequests:
         self.barred = {}
         for selection, late in self.owed(clients).items():
             asked = [client for client in late if client in there]
-            if asked:
-                answers = carrier.ask(replace(asked_to_drop(selection, asked), everybody=False))
+            if asked and selection not in self._just_asked:
+                answers = carrier.ask(asked_to_drop(selection, asked))
                 self._forgotten[selection].dropped.update(answer.client for answer in answers)
             for client in self.owed(late).get(selection, ()):
                 why = carrier.rejected.get(client, "away") if client in asked else "away"
@@ -155,6 +311,7 @@ class DataRequests:
         """
         for entry in hopeless(due, error):
             self._forgetting.withdraw([entry])
+            self._excuse(entry)
             request = entry.request
             if request is None or request.method is not None or not _of_the_method(error):
                 continue
@@ -164,7 +321,7 @@ class DataRequests:
             except RefusedRequestError as none_left:
                 log.warning("round %d: %s", number, none_left)
             else:
-                self.wait(request, found.method, active, number, model, passed)
+                self.wait(request, found.method, active, number, model, passed, entry.dropped)
 
 
 def everywhere(entry: Pending) -> bool:
@@ -172,29 +329,31 @@ def everywhere(entry: Pending) -> bool:
     return entry.request is not None and not entry.request.clients
 
 
-def with_newcomers(entry: Pending, active: Sequence[str]) -> Pending:
-    """Return what waits, asked of the clients that there are now if it is of all."""
-    return replace(entry, clients=tuple(active)) if everywhere(entry) else entry
-
-
 def hopeless(due: Sequence[Pending], error: SecateurError) -> list[Pending]:
     """Return the requests for data that an error ends: no later try can end otherwise."""
     data = [entry for entry in due if entry.selection is not None]
-    if isinstance(error, NotCertifiedError | NoBatchLogError):
-        return data
-    if isinstance(error, NothingHeldError) or (
-        isinstance(error, UnansweredError) and error.refused
-    ):
-        asked = error.config.items()
+    if isinstance(error, UnansweredError):
+        asked = error.config.items() if error.refused else {}.items()
         return [e for e in data if e.selection and e.selection.config().items() <= asked]
-    return []
+    final = isinstance(error, NotCertifiedError | NoBatchLogError | ImpossibleRequestError)
+    return data if final else []
 
 
 def _of_the_method(error: SecateurError) -> bool:
     """Say whether another method might serve where this error came up."""
     if isinstance(error, UnansweredError):
         return error.action != Forget.action
-    return isinstance(error, NotCertifiedError | NoBatchLogError)
+    return isinstance(error, NotCertifiedError | NoBatchLogError | AllLeaveError)
+
+
+class AllLeaveError(ImpossibleRequestError):
+    """Whoever holds what is to be forgotten is to be forgotten itself."""
+
+    def __init__(self, selection: Selection) -> None:
+        super().__init__(
+            f"whoever holds {described(selection)} has left, or leaves and is forgotten whole: "
+            "nobody is there to help; ask for rollback or retrain"
+        )
 
 
 def told(entry: Pending) -> str:

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from strategies import averaging, messages, rounds
 from strategies.combination import check_combination, check_needs
-from strategies.data_requests import DataRequests, told, with_newcomers
+from strategies.data_requests import DataRequests, told
 from strategies.detectors.interface import Detector, Finding, limited
 from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
 from strategies.every_update import Holder, needs_every_update
@@ -23,8 +23,14 @@ from strategies.ffmu import FFMU
 from strategies.forgetting import Forgetting, needs_of
 from strategies.memory import LastRound, Memory
 from strategies.messages import ACCURACY
-from strategies.methods.dropping import after_dropping
-from strategies.methods.interface import Method, Pending, ServerLab, Situation, Unlearned
+from strategies.methods.interface import (
+    Method,
+    Pending,
+    ServerLab,
+    Situation,
+    Unlearned,
+    together,
+)
 from strategies.rate_limit import RateLimit
 from strategies.records import Phase, RoundRecord, UnlearningRecord
 from strategies.recovery import VALIDATION, Recovery, RecoveryWatch
@@ -35,6 +41,7 @@ from strategies.shares import Shares
 from strategies.store import MemoryStore, Store
 from unlearning.catalogue import DATA, METHODS, Need, Target
 from unlearning.errors import (
+    BudgetError,
     ImpossibleRequestError,
     ParametersError,
     RefusedRequestError,
@@ -148,6 +155,8 @@ class Unlearning(Strategy):
         self.fresh = copy.deepcopy(strategy)
         """The wrapped strategy as it was at first; not to be used, but copied."""
         self._outgoing: list[Message] = []
+        self._refusals: list[str] = []
+        """What was not forgotten in this round, and why."""
         self._previous: dict[str, torch.Tensor] = {}
         self._holder = Holder()
         self.clients_accuracy: float | None = None
@@ -162,6 +171,7 @@ class Unlearning(Strategy):
     ) -> list[Message]:
         """Let the wrapped strategy choose among the clients that are not excluded."""
         self.record = RoundRecord(server_round, phase=self._phase())
+        self._refusals = []
         self._previous = messages.parameters_from(arrays)
         self._tell_forgettings(config)
         self._settle(grid, config)
@@ -327,7 +337,7 @@ class Unlearning(Strategy):
         """Take up a request, to be served as soon as the rate limit allows.
 
         Clients that are to be forgotten are excluded now. Holders of a class or samples stay; they
-        are asked to drop them at the end of the next round. To be called between rounds.
+        are asked to drop them before the next round. To be called between rounds.
 
         Raises
         ------
@@ -371,12 +381,14 @@ class Unlearning(Strategy):
         return self.roster.may_take_part(client) and client not in self.data.barred
 
     def _settle(self, grid: Grid, config: ConfigRecord) -> None:
-        """See to it that whoever takes part has dropped what is forgotten."""
-        if not self.forgotten_classes:
+        """See to it that whoever takes part has dropped what is, or is to be, forgotten."""
+        if self.data.idle:
             return
         there = sorted(self.directory.refresh(grid).values())
         known = [c for c in self.directory.clients() if self.roster.may_take_part(c)]
         carrier = self.plan_rounds(grid, config, times=self.forgettings)
+        for entry, error in self.data.drop(known, there, carrier):
+            self._note_refused(entry.method, (entry,), carrier, error)
         self.data.settle(known, there, carrier)
         for client, why in self.data.barred.items():
             log.warning("round %d: %s takes no part: %s", self.record.number, client, why)
@@ -428,10 +440,10 @@ class Unlearning(Strategy):
         # One at a time: recovery is measured against the model before the unlearning it follows.
         if self.recovery.current:
             return None
-        for name, due in self.forgetting.due(number):
+        for name, groups in self.forgetting.due(number):
             if not self.record.participants and Need.RETAINED in METHODS[name].needs:
                 continue
-            found = self._unlearn(name, due, model, grid, config, on_ask)
+            found = self._unlearn(name, groups, model, grid, config, on_ask)
             if found is not None:
                 return found
         return None
@@ -439,25 +451,76 @@ class Unlearning(Strategy):
     def _unlearn(
         self,
         name: str,
-        due: tuple[Pending, ...],
+        groups: Sequence[tuple[Pending, ...]],
         model: Parameters,
         grid: Grid,
         config: ConfigRecord,
         on_ask: Callable[[Ask], None],
     ) -> dict[str, torch.Tensor] | None:
-        """Forget those who wait for one method; return the new model, or ``None`` if refused."""
+        """Forget those who wait for one method; return the new model, or ``None`` if refused.
+
+        Of several groups, one plan begins with the model that the one before it made.
+        """
         number = self.record.number
-        method = self.forgetting.methods[name]
         rewriting = Rewriting(self.memory, number)
         carrier = self.plan_rounds(grid, config, every=rewriting.wants)
+
+        def ask(question: Ask) -> Sequence[Answer]:
+            on_ask(question)
+            return carrier.ask(question)
+
+        started = time.perf_counter()
+        outcomes: list[Unlearned] = []
+        served: list[Pending] = []
+        told_of: list[Pending] = []
+        for waiting in groups:
+            due, late = self.forgetting.affordable(
+                name, waiting, number, rounds.remembers(self.strategy)
+            )
+            for entry, error in late.items():
+                self._note_refused(name, (entry,), carrier, error)
+            if not due:
+                continue
+            asks = carrier.asks
+            plan = f"unlearning-{number}" + (f"-{len(outcomes)}" if outcomes else "")
+            try:
+                situation = self._situation(
+                    name, due, outcomes[-1].model if outcomes else model, carrier, rewriting
+                )
+                steps = self.forgetting.methods[name].plan(situation)
+                outcomes.append(carry_out(steps, ask, self.store.journal(plan)))
+            except (RefusedRequestError, ParametersError) as error:
+                self._note_refused(name, due, carrier, error, asked=carrier.asks > asks)
+                continue
+            finally:
+                self.store.drop_journal(plan)
+            served += due
+            told_of += situation.pending
+        if not outcomes:
+            return None
+        outcome = together(outcomes)
+        record = self._record_of(name, told_of, carrier)
+        record.seconds = time.perf_counter() - started
+        return self._take_over(record, outcome, served, carrier, rewriting)
+
+    def _situation(
+        self,
+        name: str,
+        due: Sequence[Pending],
+        model: Parameters,
+        carrier: rounds.PlanRounds,
+        rewriting: Rewriting,
+    ) -> Situation:
+        """Return what a method is told; raises where it must not be asked."""
+        active = self._active()
         situation = Situation(
-            number,
+            self.record.number,
             model,
             self._previous,
             self.memory,
-            tuple(with_newcomers(entry, self._active()) for entry in due),
+            tuple(self.data.served(entry, name, active) for entry in due),
             self.record.participants,
-            self._active(),
+            active,
             carrier.aggregate,
             rewriting.note,
             rounds.remembers(self.strategy),
@@ -465,48 +528,60 @@ class Unlearning(Strategy):
             self.forgetting.lab,
             self.seed or 0,
             partial(self.data.check, self.strategy) if isinstance(self.strategy, FFMU) else None,
+            self.data.dropped(due),
         )
-        causes = ", ".join(sorted({entry.cause for entry in due}))
-        record = UnlearningRecord(number, method.name, causes, situation.holders)
-        record.targets = tuple(dict.fromkeys(told(entry) for entry in due))
-        record.guarantee = METHODS[method.name].guarantee
-        record.memory_bytes = self.memory.bytes_held(METHODS[method.name].needs)
-        plan = f"unlearning-{number}"
+        if name in NEED_MAJORITY and situation.forgotten:
+            gone = len(situation.forgotten)
+            compared = Need.LAST in METHODS[name].needs
+            honest = situation.retained if compared else situation.active
+            check_majority(gone, len(honest) + gone)
+        return situation
 
-        def ask(question: Ask) -> Sequence[Answer]:
-            on_ask(question)
-            return carrier.ask(question)
+    def _record_of(
+        self, name: str, entries: Sequence[Pending], carrier: rounds.PlanRounds
+    ) -> UnlearningRecord:
+        """Return a record of who is forgotten, or was to be."""
+        causes = ", ".join(sorted({entry.cause for entry in entries}))
+        clients = {client for entry in entries for client in entry.clients}
+        record = UnlearningRecord(self.record.number, name, causes, tuple(sorted(clients)))
+        record.targets = tuple(dict.fromkeys(told(entry) for entry in entries))
+        record.guarantee = METHODS[name].guarantee
+        record.memory_bytes = self.memory.bytes_held(METHODS[name].needs)
+        dropping = sum(entry.dropped.asks for entry in entries if entry.dropped is not None)
+        record.rounds_asked = carrier.asks + dropping
+        record.bytes_sent = carrier.bytes_sent
+        return record
 
-        started = time.perf_counter()
-        try:
-            if name in NEED_MAJORITY and situation.forgotten:
-                gone = len(situation.forgotten)
-                compared = Need.LAST in METHODS[name].needs
-                honest = situation.retained if compared else situation.active
-                check_majority(gone, len(honest) + gone)
-            self.forgetting.check_budget(name, due, number, situation.remembers)
-            steps = after_dropping(situation, method.plan)
-            outcome = carry_out(steps, ask, self.store.journal(plan))
-        except (RefusedRequestError, ParametersError) as error:
-            self.store.drop_journal(plan)
-            self._note_refused(record, due, carrier, error)
-            return None
-        self.forgetting.done(due, number)
+    def _take_over(
+        self,
+        record: UnlearningRecord,
+        outcome: Unlearned,
+        served: Sequence[Pending],
+        carrier: rounds.PlanRounds,
+        rewriting: Rewriting,
+    ) -> dict[str, torch.Tensor]:
+        """Note what was forgotten, and return the model without it."""
+        number = self.record.number
+        self.forgetting.done(served, number, counts=not outcome.changes_nothing)
         self.forgettings += 1
-        self.store.drop_journal(plan)
-        if name == CERTIFIED:
-            self.data.certify(situation.dropped)
+        if record.method == CERTIFIED:
+            self.data.certify(self.data.dropped(served))
         if (
             outcome.exact and outcome.origin is not None
         ):  # what the strategy remembers now is what it would have without them
             self.strategy, self.data.certified = carrier.strategy, {}
         self.record.unlearning = record
         self.record.phase = Phase.UNLEARN
-        record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
-        seconds = time.perf_counter() - started
-        self._note_unlearned(record, outcome, seconds, situation.forgotten)
+        leaving = sorted({c for e in served if e.selection is None for c in e.clients})
+        self._note_unlearned(record, outcome, leaving)
         record.warnings += carrier.unheard
-        self.data.forgot(situation.pending, situation.away)
+        if late := sorted(self.data.late(served)):
+            record.warnings.append(
+                f"away: {', '.join(late)} may take part again only once the data are dropped "
+                "there, too"
+            )
+        record.warnings += [f"not forgotten: {text}" for text in self._refusals]
+        self.data.forgot(served)
         if outcome.origin is not None:
             rewriting.apply(outcome.origin)
         else:  # who trained in the plan alone has a part in the model, too
@@ -515,19 +590,31 @@ class Unlearning(Strategy):
 
     def _note_refused(
         self,
-        record: UnlearningRecord,
+        name: str,
         due: tuple[Pending, ...],
         carrier: rounds.PlanRounds,
         error: SecateurError,
+        *,
+        asked: bool = False,
     ) -> None:
-        number = record.number
-        known = self.forgetting.stuck and not carrier.asks
-        self.forgetting.refuse(number, record.method, asked=carrier.asks > 0)
-        self.data.find_others(due, error, self._route, self._active(), number, self._previous)
-        self.forgettings += carrier.asks > 0  # they were told, and must be told anew
+        """Take note that some are not forgotten now, and withdraw what never will be.
+
+        Parameters
+        ----------
+        asked
+            Whether clients were asked for it by the method.
+        """
+        number = self.record.number
+        known = self.forgetting.refused.issuperset(due) and not carrier.asks
+        record = self._record_of(name, due, carrier)
         record.refused = str(error)
-        record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
+        self.forgetting.refuse(number, due, asked=asked)
+        if isinstance(error, BudgetError):
+            self.forgetting.withdraw(due)
+        self.data.find_others(due, error, self._route, self._active(), number, self._previous)
+        self.forgettings += asked  # they were told, and must be told anew
         if not known:  # said once where it costs nothing to try again in every round to come
+            self._refusals.append(f"{', '.join(record.targets)}: {error}")
             self.record.unlearning = self.record.unlearning or record
             log.warning("round %d: unlearning refused: %s", number, error)
 
@@ -629,7 +716,8 @@ class Unlearning(Strategy):
 
     def void_round(self, number: int, error: QuorumError) -> None:
         """Record a round that could not even begin."""
-        self.record = RoundRecord(number, self._phase())
+        if self.record.number != number:
+            self.record = RoundRecord(number, self._phase())
         self._void(str(error))
 
     def _note_screening(self, screened: Screened) -> None:
@@ -717,11 +805,9 @@ class Unlearning(Strategy):
         self,
         record: UnlearningRecord,
         outcome: Unlearned,
-        seconds: float,
         leaving: Sequence[str],
     ) -> None:
         number = record.number
-        record.seconds = seconds
         record.settings = dict(outcome.settings)
         record.zeroed = {name: int(mask.sum()) for name, mask in outcome.masks.items()}
         record.sizes = {name: mask.numel() for name, mask in outcome.masks.items()}

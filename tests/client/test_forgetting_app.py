@@ -400,3 +400,22 @@ def test_logged_clients_are_trained_one_by_one_and_it_is_said(tmp_path, caplog):
     caplog.set_level("INFO", logger="secateur")
     count(train(grid_for(batch=True, **{"client-dir": str(tmp_path), "batch-log": "random"}), 1))
     assert "not trained in batches: a batch log looks at every step" in caplog.text
+
+
+def test_a_dry_question_is_answered_as_the_real_one_and_writes_nothing(tmp_path):
+    grid = grid_for(batch=False, **{"client-dir": str(tmp_path)})
+    before = count(train(grid, 1))
+    dry = ask(grid, "query.forget", Forget(forget="class", forget_class=3, dry=True).config())
+    assert list(tmp_path.iterdir()) == []
+    assert count(train(grid, 2)) == before
+    done = ask(grid, "query.forget", CLASS_3)
+    assert dry.content["metrics"] == done.content["metrics"]
+    assert dry.content["metrics"]["rows"] > 0
+    # A damaged list could not be added to.
+    (tmp_path / "0" / FORGOTTEN).write_text("?")
+    assert ask(
+        grid, "query.forget", Forget(forget="class", forget_class=4, dry=True).config()
+    ).has_error()
+    refusing = grid_for(batch=False, **{"client-dir": str(tmp_path), "refuse": "class"})
+    reply = ask(refusing, "query.forget", Forget(forget="class", forget_class=3, dry=True).config())
+    assert messages.is_refusal(reply)

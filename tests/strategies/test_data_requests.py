@@ -18,6 +18,7 @@ from strategies.methods.catalogue import MAKE
 from strategies.methods.holders import ascending
 from strategies.methods.masks import Mask
 from strategies.methods.retraining import noisy, rapid, rcad
+from strategies.rate_limit import RateLimit
 from strategies.records import Phase
 from strategies.recovery import Recovery
 from tests.conftest import scripted_app
@@ -65,12 +66,14 @@ class Clients:
             self.told.append((kind, node, config))
         return self._send(sent, timeout=timeout)
 
-    def of(self, action):
-        """Return who was asked for an action, in order."""
-        return [node for kind, node, _ in self.told if kind == action]
+    def of(self, action, *, dry=False):
+        """Return who was asked for an action, in order; for ``dry`` ones only if that is asked."""
+        return [
+            n for kind, n, config in self.told if (kind, config.get("dry", False)) == (action, dry)
+        ]
 
     def config(self, action):
-        return [config for kind, _, config in self.told if kind == action]
+        return [c for kind, _, c in self.told if kind == action and not c.get("dry")]
 
     def _register(self, decorator, kind):
         @decorator(kind.action.partition(".")[2])
@@ -156,10 +159,13 @@ def test_before_every_method_all_holders_drop_and_stay(name, target):
     assert done.targets == (("class 1",) if target is Target.CLASS else ("1 samples",))
     assert records[0].phase is Phase.UNLEARN
     assert not same(models[0], models[1])
-    # Round 4 is trained, then all holders drop, then the method asks.
-    kinds = list(dict.fromkeys((kind, config["server-round"]) for kind, _, config in clients.told))
-    assert kinds[:2] == [("train", 4), ("query.forget", 4)]
+    # All holders drop before round 4 is trained, if all are willing; then the method asks.
+    kinds = list(dict.fromkeys((kind, config["server-round"], config.get("dry"))
+                               for kind, _, config in clients.told))  # fmt: skip
+    assert kinds[:3] == [
+        ("query.forget", 4, True), ("query.forget", 4, False), ("train", 4, None)]  # fmt: skip
     assert clients.of("query.forget") == (list(holders) or list(range(CLIENTS)))
+    assert clients.of("query.forget", dry=True) == clients.of("query.forget")
     for config in clients.config("query.forget"):
         chosen = ("class", 1, "") if target is Target.CLASS else ("samples", -1, TOKEN)
         assert (config["forget"], config["forget-class"], config["forget-tokens"]) == chosen
@@ -172,7 +178,7 @@ def test_before_every_method_all_holders_drop_and_stay(name, target):
     exact = METHODS[name].guarantee == "exact"
     assert records[1].phase is (Phase.TRAIN if exact else Phase.RECOVER)
     assert wrapped.forgettings == 1
-    assert clients.config("query.forget")[0]["forgettings"] == 1
+    assert clients.config("query.forget")[0]["forgettings"] == 0  # nothing is forgotten yet
     assert not wrapped.busy
 
 
@@ -192,7 +198,7 @@ def test_rounds_of_a_step_have_its_message_type_and_the_federations_settings(met
     assert all(method.step.config().items() <= config.items() for config in told)
     assert all("round" not in config and config["forgettings"] == 1 for config in told)
     assert len(clients.of("train")) == len(ALL) * len(records)  # ordinary rounds are as ever
-    assert records[0].unlearning.rounds_asked == 1 + len(rounds)
+    assert records[0].unlearning.rounds_asked == 2 + len(rounds)  # whether, to drop, and these
 
 
 def test_rapid_retraining_costs_the_rounds_that_it_plays():
@@ -266,8 +272,8 @@ def test_a_refusal_withdraws_the_request_and_changes_nothing():
     assert "its owner does not allow it" in told.refused
     assert "client-0001" not in told.refused
     assert all(record.unlearning is None for record in records[1:])
-    assert clients.of("query.forget") == list(range(CLIENTS))  # once
-    assert clients.of("train.ascent") == []
+    assert clients.of("query.forget", dry=True) == list(range(CLIENTS))  # once
+    assert clients.of("query.forget") == clients.of("train.ascent") == []  # nobody has dropped it
     assert wrapped.forgetting.pending == []
     assert not wrapped.forgotten_classes
     assert set(wrapped.roster.statuses().values()) <= {"active"}
@@ -291,11 +297,13 @@ def test_only_what_was_refused_is_withdrawn():
     wrapped.request(asked_for("retrain", target=Target.SAMPLES, holders=(3,)))
     wrapped.request(asked_for("retrain", target=Target.SAMPLES, holders=(1,), most_rounds=9))
     wrapped.request(Request(Target.CLIENT, (client(4),), "privacy", method="retrain"))
-    # Holder 1's request is of the same tokens, so it is withdrawn with the other; the leaver stays.
+    # Holder 1 has not refused, though it was asked for the same tokens.
     records, _ = play(wrapped, clients.grid, 6, played=3, model=models[-1])
-    assert "client-0003" in records[0].unlearning.refused
-    assert records[1].unlearning.refused is None
-    assert records[1].unlearning.clients == (client(4),)
+    done = records[0].unlearning
+    assert (done.refused, done.clients) == (None, (client(1), client(4)))
+    (why,) = [text for text in done.warnings if text.startswith("not forgotten: 1 samples: ")]
+    assert "client-0003" in why
+    assert "its owner does not allow it" in why
     assert wrapped.forgetting.pending == []
 
 
@@ -318,7 +326,11 @@ def test_whom_nobody_can_do_without_is_asked_again_later(name, target):
     clients.away.clear()
     again, _ = play(wrapped, clients.grid, 6, played=4, model=later[-1])
     assert again[0].unlearning.refused is None
-    assert clients.of("query.forget") == 2 * list(holders)
+    # Who has dropped its samples is not asked again.
+    assert clients.of("query.forget") == list(holders)
+    assert clients.of("query.forget", dry=True) == (2 if target is Target.CLASS else 1) * list(
+        holders
+    )
     assert wrapped.forgotten_classes == ({1} if target is Target.CLASS else set())
 
 
@@ -350,10 +362,10 @@ def test_who_is_away_when_a_class_is_forgotten_takes_part_again_once_it_has_drop
     assert done.refused is None
     assert [w for w in done.warnings if w.startswith("away: client-0002")]
     assert wrapped.forgotten_classes == {1}
-    # The method does without it: after the ordinary round 4 nobody asks it for anything but this.
+    # The method does without it, and so do all rounds: nobody asks it for anything but this.
     asked = [kind for kind, node, config in clients.told if node == 2]
-    assert asked == ["train"] + len(records) * ["query.forget"]
-    assert {record.participants for record in records[1:]} == {without(2)}
+    assert asked == len(records) * ["query.forget"]
+    assert {record.participants for record in records} == {without(2)}
     # Until it answers; then all is as before.
     clients.away.clear()
     clients.told.clear()
@@ -414,6 +426,172 @@ def test_who_joins_between_a_request_for_a_class_and_its_time_is_asked_with_the_
     assert clients.of("query.forget") == list(range(CLIENTS))
 
 
+# ---------------------------------------------------------------- at once, and without the others
+def leaving(number, method="retrain", **more):
+    promise = "exact" if METHODS[method].guarantee == "exact" else "approximate"
+    return Request(Target.CLIENT, (client(number),), "privacy", guarantee=promise, method=method,
+                   **more)  # fmt: skip
+
+
+def waits(wrapped):
+    return [(entry.method, entry.clients) for entry in wrapped.forgetting.pending]
+
+
+@pytest.mark.parametrize("target", [Target.CLASS, Target.SAMPLES])
+def test_holders_drop_at_once_whatever_the_rate_limit_and_only_the_method_waits(target):
+    clients = Clients()
+    wrapped = made(ascending(), rate_limit=RateLimit(rounds=4))
+    _, models = play(wrapped, clients.grid, 2)
+    wrapped.request(asked_for("ascent", target=Target.SAMPLES))
+    _, models = play(wrapped, clients.grid, 3, played=2, model=models[-1])
+    clients.told.clear()
+    holders = (1, 2)
+    wrapped.request(asked_for("ascent", target=target, holders=holders))
+    records, _ = play(wrapped, clients.grid, 7, played=3, model=models[-1])
+    dropped = [c["server-round"] for c in clients.config("query.forget")]
+    assert dropped == [4, 4]  # once, before round 4
+    assert clients.told[3][0] == "query.forget"
+    assert clients.told[4][:1] == ("train",)
+    (served,) = [record for record in records if record.unlearning is not None]
+    assert served.number == 7  # the last was in round 3, and four lie between two
+    assert served.unlearning.settings["holders"] == 2
+
+
+def test_samples_of_who_is_away_hold_up_nobody_else():
+    clients = Clients()
+    clients.away["query.forget"] = {4}
+    wrapped = made(MAKE["retrain"]())
+    _, models = play(wrapped, clients.grid, 3)
+    wrapped.request(asked_for("retrain", target=Target.SAMPLES, holders=(4,)))
+    wrapped.request(leaving(0))
+    records, models = play(wrapped, clients.grid, 4, played=3, model=models[-1])
+    done = records[0].unlearning
+    assert (done.refused, done.clients) == (None, (client(0),))
+    assert any("not forgotten: 1 samples" in w and "client-0004" in w for w in done.warnings)
+    assert waits(wrapped) == [("retrain", (client(4),))]
+    assert records[0].participants == without(0, 4)  # nor does it train on them meanwhile
+    assert not wrapped.busy
+    clients.away.clear()
+    records, _ = play(wrapped, clients.grid, 5, played=4, model=models[-1])
+    assert (records[0].unlearning.refused, waits(wrapped)) == (None, [])
+    assert records[0].participants == without(0)
+
+
+def test_samples_of_who_leaves_go_with_it():
+    for name, gone in (("retrain", True), ("retrain", False), ("ascent", True)):
+        clients = Clients()
+        wrapped = made(None)
+        _, models = play(wrapped, clients.grid, 3)
+        clients.told.clear()
+        wrapped.request(asked_for(name, target=Target.SAMPLES, holders=(4,)))
+        wrapped.request(leaving(4))
+        if gone:
+            joining(clients, 4)
+        records, _ = play(wrapped, clients.grid, 6, played=3, model=models[-1])
+        assert waits(wrapped) == []
+        assert clients.of("query.forget", dry=True) == clients.of("query.forget") == []
+        done = [r.unlearning for r in records if r.unlearning and r.unlearning.refused is None]
+        assert [(d.method, d.clients) for d in done] == [("retrain", (client(4),))]
+        why = [text for text in done[0].warnings if "whoever holds 1 samples has left" in text]
+        assert len(why) == (name == "ascent")
+        assert ("1 samples" in done[0].targets) == (name == "retrain")
+
+
+def test_holders_that_leave_after_they_dropped_are_not_waited_for():
+    clients = Clients()
+    wrapped = made(None, rate_limit=RateLimit(rounds=6))
+    _, models = play(wrapped, clients.grid, 3)
+    wrapped.request(leaving(0, "not"))
+    _, models = play(wrapped, clients.grid, 4, played=3, model=models[-1])
+    wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(4,)))
+    records, played = [], wrapped.record.number
+
+    def leave(record, model):
+        records.append(record)
+        if record.number == played + 1:
+            assert wrapped.forgetting.pending[0].ready
+            wrapped.request(leaving(4, "not"))
+
+    run_rounds(wrapped, clients.grid, models[-1], rounds=9, played=played, on_round=leave)
+    done = [r.unlearning for r in records if r.unlearning is not None]
+    assert [(d.method, d.targets, d.refused) for d in done] == [("not", (client(4),), None)]
+    assert any("has left" in text for text in done[0].warnings)
+    assert waits(wrapped) == []
+
+
+def test_a_refusal_delays_only_whom_it_was_about():
+    clients = Clients()
+    clients.away["train.ascent"] = set(range(CLIENTS))
+    wrapped = made(ascending(), rate_limit=RateLimit(rounds=5))
+    _, models = play(wrapped, clients.grid, 3)
+    wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(1,)))
+    records, models = play(wrapped, clients.grid, 4, played=3, model=models[-1])
+    assert "needs that holders answer" in records[0].unlearning.refused
+    clients.away.clear()
+    wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(2,)))
+    records, models = play(wrapped, clients.grid, 5, played=4, model=models[-1])
+    served = [(r.number, r.unlearning.clients) for r in records if r.unlearning is not None]
+    assert served == [(5, (client(2),)), (10, (client(1),))]
+
+
+def test_who_allows_fewer_rounds_than_all_need_together_is_served_alone():
+    clients = Clients()
+    method = MAKE["rollback"]()
+    wrapped = made(method)
+    joining(clients, 4)
+    _, models = play(wrapped, clients.grid, 4)
+    joining(clients)
+    _, models = play(wrapped, clients.grid, 5, played=4, model=models[-1])
+    # Client 4 joined in round 5: without it two rounds are played again, without the class six.
+    wrapped.request(leaving(4, "rollback", most_rounds=2))
+    wrapped.request(asked_for("rollback"))
+    records, _ = play(wrapped, clients.grid, 7, played=5, model=models[-1])
+    done = [r.unlearning for r in records]
+    assert [d.refused for d in done] == [None, None]
+    assert [d.targets for d in done] == [(client(4),), ("class 1",)]
+    assert [d.settings["rounds"] for d in done] == [2, 7]
+
+
+def test_who_is_too_late_for_its_budget_is_withdrawn_and_the_others_served():
+    clients = Clients()
+    wrapped = made(MAKE["retrain"]())
+    _, models = play(wrapped, clients.grid, 3)
+    wrapped.request(asked_for("retrain", most_rounds=4))
+    wrapped.request(leaving(0))
+    entry = wrapped.forgetting.pending[0]
+    wrapped.forgetting.pending[0] = dataclasses.replace(entry, most_rounds=3)
+    records, _ = play(wrapped, clients.grid, 4, played=3, model=models[-1])
+    done = records[0].unlearning
+    assert (done.refused, done.targets, waits(wrapped)) == (None, (client(0),), [])
+    assert any("class 1: retrain would play 4 rounds again" in text for text in done.warnings)
+
+
+def test_requests_for_data_of_one_method_are_served_in_one_go_and_recovered_from_once():
+    clients = Clients()
+    wrapped = made(ascending(), rate_limit=RateLimit(rounds=5))
+    _, models = play(wrapped, clients.grid, 3)
+    before = models[-1]
+    for number in (1, 2, 3):
+        wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(number,)))
+    clients.refuse["train.ascent"] = {2}
+    records, models = play(wrapped, clients.grid, 6, played=3, model=before)
+    done = [r.unlearning for r in records if r.unlearning is not None]
+    assert done[0].clients == (client(1), client(3))
+    assert clients.of("train.ascent")[:3] == [1, 2, 3]
+    assert [text for text in done[0].warnings if "not forgotten: 1 samples" in text]
+    # Each holder moves every weight by one, from the model that the one before it made.
+    quiet = Clients()
+    _, expected = play(made(ascending()), quiet.grid, 4)
+    for name in trained_names(MODEL):
+        assert torch.allclose(models[0][name], expected[-1][name] + 2)
+    assert [r.phase for r in records[:4]] == [
+        Phase.UNLEARN,
+        Phase.RECOVER,
+        Phase.RECOVER,
+        Phase.TRAIN,
+    ]
+
+
 # ---------------------------------------------------------------- another method
 @pytest.mark.parametrize("action", ["query.batches", "train.amnesiac"])
 def test_what_its_method_cannot_serve_goes_to_the_next_and_a_named_one_is_withdrawn(action):
@@ -437,7 +615,8 @@ def test_what_nobody_holds_is_withdrawn_and_told():
     clients = Clients(held=(0,) * CLIENTS)
     wrapped, records, _ = requested(clients, ascending(), after=3)
     assert "none of 5 clients holds class 1" in records[0].unlearning.refused
-    assert clients.of("query.forget") == list(range(CLIENTS))
+    assert clients.of("query.forget", dry=True) == list(range(CLIENTS))
+    assert clients.of("query.forget") == []
     assert wrapped.forgetting.pending == []
     assert not wrapped.forgotten_classes
 
@@ -544,9 +723,11 @@ def test_a_step_is_told_the_share_of_the_round_before_it():
     clients = Clients()
     failing(clients, 4, 4)
     requested(clients, MAKE["amnesiac"]())
-    for action in ("query.forget", "train.amnesiac"):
-        expected = {0: 10 / 46, 1: 11 / 46, 2: 12 / 46, 3: 13 / 46, 4: 0.0}
-        assert shares(clients, action) == {4: pytest.approx(expected)}
+    # Before round 4 the last one is the third, which used everybody's update.
+    expected = {k: (10 + k) / 60 for k in range(CLIENTS)}
+    assert shares(clients, "query.forget") == {4: pytest.approx(expected)}
+    expected = {0: 10 / 46, 1: 11 / 46, 2: 12 / 46, 3: 13 / 46, 4: 0.0}
+    assert shares(clients, "train.amnesiac") == {4: pytest.approx(expected)}
 
 
 def test_who_sat_out_is_told_its_share_of_the_round_that_it_entered():
