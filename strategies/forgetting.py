@@ -102,6 +102,7 @@ class Forgetting:
             methods=frozenset(self.methods) - frozenset(without),
             fewest=fewest,
             present=frozenset(last.locals_ if last is not None else ()) & frozenset(active),
+            purged=self.memory.purged_of({*active, *request.clients}),
         )
         return route(request, available)
 

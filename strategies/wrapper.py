@@ -52,7 +52,15 @@ from unlearning.parameters import Parameters, copied, difference
 from unlearning.plan import Answer, Ask, carry_out
 from unlearning.randomness import derive_seed
 from unlearning.retraining import federated_average
-from unlearning.routing import CERTIFIED, NEED_MAJORITY, Cause, Promise, Request, Route
+from unlearning.routing import (
+    CERTIFIED,
+    NEED_MAJORITY,
+    Cause,
+    Promise,
+    Request,
+    Route,
+    check_whole,
+)
 
 log = logging.getLogger("flwr")
 
@@ -535,6 +543,8 @@ class Unlearning(Strategy):
             compared = Need.LAST in METHODS[name].needs
             honest = situation.retained if compared else situation.active
             check_majority(gone, len(honest) + gone)
+        there = {*active, *situation.forgotten}
+        check_whole(name, situation.forgotten, self.memory.purged_of(there))
         return situation
 
     def _record_of(
@@ -813,6 +823,9 @@ class Unlearning(Strategy):
         record.sizes = {name: mask.numel() for name, mask in outcome.masks.items()}
         record.warnings = list(outcome.warnings)
         record.percentiles = dict(outcome.percentiles)
+        if outcome.changes_nothing:
+            log.info("round %d: %s forgot %s", number, record.method, ", ".join(record.targets))
+            return
         # What the wrapped strategy remembers (moments, momentum) holds their influence too.
         if not outcome.exact:
             self.strategy, self.data.certified = copy.deepcopy(self.fresh), {}

@@ -36,18 +36,19 @@ def play(tmp_path):
     path.write_text(TEXT)
 
     def run():
-        models = {}
+        models, memory = {}, []
         with with_folder(load_scenario(str(path), {})) as scenario:
             experiment = Experiment(scenario)
             note = experiment._note
 
             def noted(federation, record, model):
                 models[record.number] = model
+                memory.append((federation.forgetting.last, dict(federation.memory.purged)))
                 note(federation, record, model)
 
             experiment._note = noted
             experiment.play(InProcessGrid(client_app(scenario), scenario.clients.total))
-        return experiment.outcome, models
+        return experiment.outcome, models, memory
 
     return run
 
@@ -60,7 +61,7 @@ def test_a_certified_deletion_changes_nothing_and_deletions_add_up(play, monkeyp
         return ExactCheck(certified=5, pairs=5, rounds=self.course.number)
 
     monkeypatch.setattr(FFMU, "check", check)
-    outcome, _ = play()
+    outcome, _, memory = play()
     done = [r.unlearning for r in outcome.rounds if r.unlearning is not None]
     assert [(u.method, u.refused, u.guarantee) for u in done] == [("ffmu", None, "conditional")] * 2
     assert any("all: the model is the one" in warning for warning in done[0].warnings)
@@ -68,11 +69,14 @@ def test_a_certified_deletion_changes_nothing_and_deletions_add_up(play, monkeyp
     assert [2] in asked
     assert [3] in asked
     assert all(u.recovery_rounds is None for u in done)
+    # What changes nothing is no unlearning that the rate limit counts, and deletes nothing.
+    assert set(map(str, memory)) == {str((None, {}))}
 
 
 def test_a_deletion_that_is_not_certified_is_routed_to_another_method(play):
-    outcome, models = play()
+    outcome, models, memory = play()
     done = [r.unlearning for r in outcome.rounds if r.unlearning is not None]
     assert next(u.method for u in done if u.refused is None) == "rollback"
     assert all("not all: nothing is shown" in u.refused for u in done if u.method == "ffmu")
+    assert memory[-1][0] is not None
     assert all(torch.isfinite(t).all() for t in models[max(models)].values())

@@ -24,7 +24,7 @@ from strategies.recovery import Recovery
 from tests.conftest import scripted_app
 from tests.strategies.small import MODEL, client, federation, learning, play
 from unlearning.catalogue import METHODS, Need, Target
-from unlearning.errors import BudgetError, RefusedRequestError
+from unlearning.errors import BudgetError, MissingNeedError, RefusedRequestError
 from unlearning.parameters import byte_size, trained_names
 from unlearning.routing import Request
 
@@ -590,6 +590,90 @@ def test_requests_for_data_of_one_method_are_served_in_one_go_and_recovered_from
         Phase.RECOVER,
         Phase.TRAIN,
     ]
+
+
+# ---------------------------------------------------------------- what is left of the record
+HISTORICAL = ("negative-gradients", "kd", "fast", "drift", "federaser", "fedrecover")
+
+
+def remembering(**more):
+    others = [MAKE[name]() for name in (*HISTORICAL, "ascent", "rollback")]
+    memory = Memory(needs_of(others) | {Need.LAST})
+    return federation("natural", others=others, memory=memory, offers=OFFERS, **more)
+
+
+def which_would_serve(wrapped, number):
+    """Return the methods that rest on the record and would forget a client, and why others not."""
+    would, refused = set(), {}
+    for name in HISTORICAL:
+        try:
+            wrapped.route(leaving(number, name))
+        except MissingNeedError as error:
+            refused[name] = str(error)
+        else:
+            would.add(name)
+    return would, refused
+
+
+def test_methods_that_rest_on_the_record_refuse_where_it_is_not_whole():
+    clients = Clients()
+    wrapped = remembering()
+    _, models = play(wrapped, clients.grid, 3)
+    assert which_would_serve(wrapped, 3) == (set(HISTORICAL), {})
+    wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(3,)))
+    records, models = play(wrapped, clients.grid, 8, played=3, model=models[-1])
+    assert [r.number for r in records if r.unlearning] == [4]
+    # What client 3 sent since is recorded, and does not make up for what was deleted.
+    would, refused = which_would_serve(wrapped, 3)
+    assert would == set()
+    assert all(
+        "client-0003, and what they sent until round 4 was del" in why for why in refused.values()
+    )
+    # Without another client all rounds are replayed, the third client's among them.
+    would, refused = which_would_serve(wrapped, 1)
+    assert would == {"negative-gradients", "kd", "fast", "drift"}
+    assert refused.keys() == {"federaser", "fedrecover"}
+    # Rounds that are played again are recorded anew.
+    wrapped.request(leaving(0, "rollback"))
+    _, models = play(wrapped, clients.grid, 9, played=wrapped.record.number, model=models[-1])
+    assert which_would_serve(wrapped, 3) == (set(HISTORICAL), {})
+
+
+def test_after_a_rollback_the_rounds_before_it_are_still_not_whole():
+    clients = Clients()
+    wrapped = remembering()
+    joining(clients, 4)
+    _, models = play(wrapped, clients.grid, 3)
+    joining(clients)
+    _, models = play(wrapped, clients.grid, 4, played=3, model=models[-1])
+    wrapped.memory.forget({client(3), client(4)})
+    assert wrapped.memory.purged == {client(3): 4, client(4): 4}
+    wrapped.memory.rewind(3)
+    assert wrapped.memory.purged == {client(3): 3}  # client 4 joined after round 3
+    wrapped.memory.rewind(0)
+    assert wrapped.memory.purged == {}
+
+
+def test_a_request_that_waited_is_refused_once_the_record_is_not_whole():
+    clients = Clients()
+    wrapped = remembering()
+    _, models = play(wrapped, clients.grid, 3)
+    wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(3,)))
+    wrapped.request(leaving(1, "federaser"))
+    records, _ = play(wrapped, clients.grid, 8, played=3, model=models[-1])
+    done = [r.unlearning for r in records if r.unlearning is not None]
+    assert [d.method for d in done] == ["ascent", "federaser"]
+    assert "federaser needs the whole record of client-0003" in done[1].refused
+
+
+def test_a_history_of_nobody_is_none():
+    clients = Clients()
+    wrapped = remembering()
+    play(wrapped, clients.grid, 2)
+    assert {Need.HISTORY, Need.LEDGER} <= wrapped.memory.available()
+    wrapped.memory.forget(ALL)
+    assert not {Need.HISTORY, Need.SAMPLED_HISTORY, Need.LEDGER} & wrapped.memory.available()
+    assert wrapped.memory.history is None
 
 
 # ---------------------------------------------------------------- another method
