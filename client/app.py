@@ -103,12 +103,12 @@ def build_app(
         number = int(config.get(messages.SERVER_ROUND, 0))
         asked = Forget.model_validate(config)
         if asked.dry:
-            keeping.forgotten()  # raises where nothing could be added to it
             count = len(keeping.select(asked, examples))
         else:
             count = keeping.forget(asked, examples, number, request)
         # Weights are compared, and who holds much more than others has done nothing wrong.
-        return Message(messages.evaluate_reply({"rows": count}, 1), reply_to=message)
+        told = {"rows": count, messages.ENTRIES: keeping.forgotten().length}
+        return Message(messages.evaluate_reply(told, 1), reply_to=message)
 
     for kind in STEPS:
         _register(app, kind, options)
@@ -178,13 +178,16 @@ def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
     Raises
     ------
     RefusedRequestError
-        If it forgot all it has.
+        If it forgot all it has, or its list of what is forgotten is shorter than it was.
     """
     task = load_task(options)
     examples = allowed = task.client_data(*partition_of(context)).train
     own = own_options(options, context)
     log = log_of(message, context, own, before=round_of(message))
-    if (keeping := keeping_of(own, context)) is not None:
+    entries = int(config_of(message).get(messages.ENTRIES, 0))
+    keeping = needed_keeping(own, context) if entries else keeping_of(own, context)
+    if keeping is not None:
+        keeping.check_length(entries)
         allowed = keeping.without_forgotten(examples)
     if allowed is not examples and not size_of(allowed):
         raise RefusedRequestError("every row of this client is forgotten; do not ask it to train")

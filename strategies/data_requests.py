@@ -10,10 +10,12 @@ from strategies.ffmu import FFMU
 from strategies.forgetting import Forgetting
 from strategies.methods.dropping import NothingHeldError, asked_to_drop, described
 from strategies.methods.interface import Dropped, Pending
+from strategies.reminders import Reminders
 from strategies.rounds import PlanRounds, UnansweredError
 from unlearning.catalogue import METHODS, Target
 from unlearning.certificates import ExactCheck
 from unlearning.errors import (
+    BudgetError,
     ImpossibleRequestError,
     NoBatchLogError,
     NotCertifiedError,
@@ -21,6 +23,7 @@ from unlearning.errors import (
     SecateurError,
 )
 from unlearning.parameters import Parameters
+from unlearning.plan import Answer
 from unlearning.routing import Request, Route
 
 log = logging.getLogger("flwr")
@@ -33,6 +36,8 @@ class _Forgotten:
     asked: set[str] = field(default_factory=set)
     everywhere: bool = False
     """Whether whoever joins later must drop it, too."""
+    served: bool = False
+    """Whether a method has forgotten it."""
     dropped: set[str] = field(default_factory=set)
 
     def owed_by(self, client: str) -> bool:
@@ -60,6 +65,7 @@ class DataRequests:
         self.barred: dict[str, str] = {}
         """Client -> why it may not take part in this round."""
         self._forgotten: dict[Selection, _Forgotten] = {}
+        self.reminders = Reminders(directory)
         self._just_asked: set[Selection] = set()
         """What holders were asked to drop before this round."""
 
@@ -213,12 +219,28 @@ class DataRequests:
         unheard = UnansweredError(question, carrier.rejected)
         if dry and unheard.refused:
             raise unheard
+        if not dry:
+            answers = self._believed(answers, silent)
         return {answer.client: int(answer.metrics.get("rows", 0)) for answer in answers}
+
+    def _believed(self, answers: Iterable[Answer], silent: dict[str, str]) -> list[Answer]:
+        """Return the answers of clients whose lists are as long as they were."""
+        faults = {answer.client: self.reminders.heard(answer) for answer in answers}
+        silent |= {client: fault for client, fault in faults.items() if fault is not None}
+        return [answer for answer in answers if faults[answer.client] is None]
+
+    def doubt(self, clients: Iterable[str]) -> None:
+        """Ask clients again, before the next round, for all that they have dropped."""
+        for known in self._forgotten.values():
+            again = known.dropped.intersection(clients)
+            known.asked |= again
+            known.dropped -= again
 
     def _excuse(self, entry: Pending) -> None:
         """Let those be who have not dropped what was withdrawn."""
-        if entry.selection in self._forgotten:
-            known = self._forgotten[entry.selection]
+        known = self._forgotten.get(entry.selection) if entry.selection is not None else None
+        others = any(other.selection == entry.selection for other in self._forgetting.pending)
+        if known is not None and not known.served and not others:
             known.asked, known.everywhere = set(known.dropped), False
 
     def served(self, entry: Pending, method: str, active: Collection[str]) -> Pending:
@@ -265,7 +287,10 @@ class DataRequests:
     def forgot(self, due: Iterable[Pending]) -> None:
         """Take note of the classes among what was forgotten."""
         for entry in due:
-            if entry.selection is not None and entry.selection.forget == "class":
+            if entry.selection is None:
+                continue
+            self._forgotten.setdefault(entry.selection, _Forgotten()).served = True
+            if entry.selection.forget == "class":
                 self.forgotten_classes.add(entry.selection.forget_class)
 
     def owed(self, clients: Iterable[str]) -> dict[Selection, tuple[str, ...]]:
@@ -279,20 +304,23 @@ class DataRequests:
     def settle(self, clients: Sequence[str], there: Collection[str], carrier: PlanRounds) -> None:
         """Ask clients for what they owe; who does not drop it is barred until it does.
 
+        Who has another node than when it dropped something, having started anew, owes it again.
+
         Parameters
         ----------
         there
             Those that can be asked now.
         """
         self.barred = {}
+        self.doubt(self.reminders.moved())
         for selection, late in self.owed(clients).items():
+            silent = dict.fromkeys(late, "away")
             asked = [client for client in late if client in there]
-            if asked and selection not in self._just_asked:
-                answers = carrier.ask(asked_to_drop(selection, asked))
-                self._forgotten[selection].dropped.update(answer.client for answer in answers)
+            if selection not in self._just_asked:
+                dropped = self._ask(selection, asked, carrier, silent)
+                self._forgotten[selection].dropped.update(dropped)
             for client in self.owed(late).get(selection, ()):
-                why = carrier.rejected.get(client, "away") if client in asked else "away"
-                self.barred[client] = f"has yet to drop {described(selection)}: {why}"
+                self.barred[client] = f"has yet to drop {described(selection)}: {silent[client]}"
 
     def find_others(
         self,
@@ -311,15 +339,16 @@ class DataRequests:
         """
         for entry in hopeless(due, error):
             self._forgetting.withdraw([entry])
-            self._excuse(entry)
             request = entry.request
             if request is None or request.method is not None or not _of_the_method(error):
+                self._excuse(entry)
                 continue
             passed = entry.passed | {entry.method}
             try:
                 found = route(request, passed)
             except RefusedRequestError as none_left:
                 log.warning("round %d: %s", number, none_left)
+                self._excuse(entry)
             else:
                 self.wait(request, found.method, active, number, model, passed, entry.dropped)
 
@@ -330,7 +359,12 @@ def everywhere(entry: Pending) -> bool:
 
 
 def hopeless(due: Sequence[Pending], error: SecateurError) -> list[Pending]:
-    """Return the requests for data that an error ends: no later try can end otherwise."""
+    """Return the requests that an error ends: no later try can end otherwise.
+
+    Of clients that leave that is so only where more rounds would be played than are allowed.
+    """
+    if isinstance(error, BudgetError):
+        return list(due)
     data = [entry for entry in due if entry.selection is not None]
     if isinstance(error, UnansweredError):
         asked = error.config.items() if error.refused else {}.items()

@@ -34,6 +34,11 @@ not."""
 SHARE = "share"
 """The weight of the client's last update in its round's average, in [0, 1], 0 where it was not
 used; comes with the client's next message. Clients that keep a batch log need it."""
+ENTRIES = "entries"
+"""How many entries a client's list of what is forgotten has, in its answer to ``query.forget``, or
+had when it last answered, in messages that begin training; entries are never removed."""
+SHORTER = "the list of what is forgotten is shorter than it was"
+"""In the reason of a client that does not train because of that."""
 REQUEST = "request"
 """Which request to forget a message belongs to; for the client's own records."""
 

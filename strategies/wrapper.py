@@ -41,7 +41,6 @@ from strategies.shares import Shares
 from strategies.store import MemoryStore, Store
 from unlearning.catalogue import DATA, METHODS, Need, Target
 from unlearning.errors import (
-    BudgetError,
     ImpossibleRequestError,
     ParametersError,
     RefusedRequestError,
@@ -190,6 +189,7 @@ class Unlearning(Strategy):
             self._outgoing = list(chosen)
         if Need.BATCH_LOG in self.forgetting.offers:
             self._outgoing = self.shares.tell(self._outgoing, server_round)
+        self._outgoing = self.data.reminders.tell(self._outgoing)
         return self._outgoing
 
     def aggregate_train(
@@ -619,8 +619,6 @@ class Unlearning(Strategy):
         record = self._record_of(name, due, carrier)
         record.refused = str(error)
         self.forgetting.refuse(number, due, asked=asked)
-        if isinstance(error, BudgetError):
-            self.forgetting.withdraw(due)
         self.data.find_others(due, error, self._route, self._active(), number, self._previous)
         self.forgettings += asked  # they were told, and must be told anew
         if not known:  # said once where it costs nothing to try again in every round to come
@@ -661,7 +659,7 @@ class Unlearning(Strategy):
         times = self.forgettings + 1 if times is None else times
         return rounds.PlanRounds(
             copy.deepcopy(self.fresh),
-            grid,
+            self.data.reminders.on(grid),
             self.directory,
             screen=self.screen or Screen(),
             train_config=ConfigRecord({**config, messages.FORGETTINGS: times}),
@@ -734,6 +732,7 @@ class Unlearning(Strategy):
         self.record.rejected = dict(screened.rejected)
         self.record.capped = dict(screened.capped)
         self.roster.strike(screened.faults)
+        self.data.doubt(self.data.reminders.doubted(screened.rejected))
         for client, reason in screened.rejected.items():
             log.warning("round %d: %s rejected: %s", self.record.number, client, reason)
 

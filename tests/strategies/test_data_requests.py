@@ -45,7 +45,19 @@ class Clients:
         self.held = dict(enumerate(held))
         self.told = []
         self.refuse, self.away = {}, {}
-        app = scripted_app(learning())
+        self.lists = {place: set() for place in range(len(held))}
+
+        def trained(partition, number, model):
+            told = [
+                c.get("entries", 0)
+                for kind, node, c in self.told
+                if (kind, node) == ("train", partition)
+            ]
+            if told and told[-1] > len(self.lists[partition]):
+                raise RuntimeError(messages.SHORTER)
+            return learning()(partition, number, model)
+
+        app = scripted_app(trained)
         for kind in (Ascent, Amnesiac, Ascend, *PLAY):
             self._register(app.train, kind)
         for kind in (Forget, Batches, Question):
@@ -90,6 +102,10 @@ class Clients:
         rows = self.held.get(partition, 0)
         if kind in (Forget, Batches):
             told = {"first-round": 1} if kind is Batches else {}
+            if kind is Forget:
+                if not config["dry"]:
+                    self.lists[partition].add((config["forget-class"], config["forget-tokens"]))
+                told = {"entries": len(self.lists[partition])}
             return messages.evaluate_reply({"rows": rows, **told}, 1)
         start = messages.parameters_from(message.content.array_records[messages.ARRAYS])
         if kind in PLAY:
@@ -590,6 +606,59 @@ def test_requests_for_data_of_one_method_are_served_in_one_go_and_recovered_from
         Phase.RECOVER,
         Phase.TRAIN,
     ]
+
+
+# ---------------------------------------------------------------- clients that lose their lists
+def test_clients_are_told_in_every_training_how_long_their_lists_were():
+    clients = Clients()
+    requested(clients, MAKE["retrain"](), after=2)
+    told = [(c["server-round"], c.get("entries")) for c in clients.config("train")]
+    # Rounds 1 to 4 are played again between rounds 4 and 5; before anybody dropped nothing is told.
+    assert told == [(number, 1) for number in (4, 1, 2, 3, 4, 5) for _ in ALL]
+    quiet = Clients()
+    play(made(ascending()), quiet.grid, 2)
+    assert all("entries" not in config for config in quiet.config("train"))
+
+
+def test_who_lost_its_list_is_asked_again_and_takes_no_part_until_it_is_as_long_as_it_was():
+    clients = Clients()
+    wrapped, records, models = requested(clients, ascending(), after=2)
+    played = wrapped.record.number
+    clients.lists[2].clear()
+    clients.told.clear()
+    records, models = play(wrapped, clients.grid, played + 2, played=played, model=models[-1])
+    assert "shorter than it was" in records[0].rejected[client(2)]
+    assert [record.participants for record in records] == [without(2), ALL]
+    assert clients.of("query.forget") == [2]
+    # Samples cannot be dropped again by who lost its tokens: it stays out, and is asked each round.
+    played += 2
+    wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(2,)))
+    _, models = play(wrapped, clients.grid, played + 1, played=played, model=models[-1])
+    played = wrapped.record.number
+
+    class Keeps(set):
+        def add(self, entry):
+            if entry[0] >= 0:  # tokens mean nothing to it
+                super().add(entry)
+
+    clients.lists[2] = Keeps()
+    records, _ = play(wrapped, clients.grid, played + 3, played=played, model=models[-1])
+    assert [record.participants for record in records] == 3 * [without(2)]
+    assert "had 2" in wrapped.data.barred[client(2)]
+
+
+def test_who_comes_back_by_another_node_is_asked_again_for_all_that_it_dropped():
+    clients = Clients()
+    wrapped, _, models = requested(clients, ascending(), after=3)
+    played = wrapped.record.number
+    clients.told.clear()
+    _, models = play(wrapped, clients.grid, played + 1, played=played, model=models[-1])
+    assert clients.of("query.forget") == []
+    nodes = wrapped.data.reminders._nodes
+    nodes[client(3)] += 1  # as if that had been its node when it dropped the class
+    records, models = play(wrapped, clients.grid, played + 3, played=played + 1, model=models[-1])
+    assert clients.of("query.forget") == [3]
+    assert [record.participants for record in records] == 2 * [ALL]
 
 
 # ---------------------------------------------------------------- what is left of the record
