@@ -70,6 +70,7 @@ class Forgetting:
         fewest: int,
         remembers: bool,
         certifies: bool = False,
+        uncertified: str = "",
         without: Collection[str] = (),
     ) -> Route:
         """Return how a request is served; see ``unlearning.routing.route``.
@@ -86,6 +87,8 @@ class Forgetting:
             Whether the wrapped strategy remembers past rounds.
         certifies
             Whether it may certify that a deletion changes nothing.
+        uncertified
+            Why it does not though it could, if so.
         without
             Methods that turned out not to serve it.
         """
@@ -102,6 +105,7 @@ class Forgetting:
             methods=frozenset(self.methods) - frozenset(without),
             fewest=fewest,
             present=frozenset(last.locals_ if last is not None else ()) & frozenset(active),
+            uncertified=uncertified,
             purged=self.memory.purged_of({*active, *request.clients}),
         )
         return route(request, available)

@@ -331,15 +331,27 @@ class Unlearning(Strategy):
         return self._route(request)
 
     def _route(self, request: Request, passed: Collection[str] = ()) -> Route:
+        trains = isinstance(self.strategy, FFMU)
+        why = self._uncertifiable
         return self.forgetting.route(
             request,
-            certifies=isinstance(self.strategy, FFMU) and self.strategy.uncertifiable is None,
+            certifies=trains and why is None,
+            uncertified=(trains and why) or "",
             without=passed,
             number=self.record.number,
             active=self._active(),
             fewest=rounds.fewest_clients(self.strategy),
             remembers=rounds.remembers(self.strategy),
         )
+
+    @property
+    def _uncertifiable(self) -> str | None:
+        """Say why no deletion is certified to change nothing; ``None`` if one may be."""
+        if not isinstance(self.strategy, FFMU):
+            return "the training is none that certifies"
+        if self.detector is not None:
+            return "a detector is on, which may flag others where samples are missing"
+        return self.strategy.uncertifiable
 
     def request(self, request: Request) -> Route:
         """Take up a request, to be served as soon as the rate limit allows.
@@ -535,7 +547,9 @@ class Unlearning(Strategy):
             type(self.strategy) in averaging.PLAIN_MEANS,
             self.forgetting.lab,
             self.seed or 0,
-            partial(self.data.check, self.strategy) if isinstance(self.strategy, FFMU) else None,
+            partial(self.data.check, self.strategy)
+            if isinstance(self.strategy, FFMU) and self._uncertifiable is None
+            else None,
             self.data.dropped(due),
         )
         if name in NEED_MAJORITY and situation.forgotten:

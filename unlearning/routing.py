@@ -142,6 +142,8 @@ class Available:
     methods: frozenset[str] = frozenset(METHODS)
     fewest: int = 1
     present: frozenset[str] | None = None
+    uncertified: str = ""
+    """Why a training that could certify deletions does not, if so."""
     purged: Mapping[str, int] = field(default_factory=dict)
     """Client that may take part, or is concerned -> round up to which what it sent was deleted."""
 
@@ -192,7 +194,8 @@ def _candidates(request: Request, available: Available) -> Iterator[str]:
     order: tuple[str, ...] = EXACT
     if request.promise != "exact":
         order = _approximate(request, available)
-    if request.target in METHODS[CERTIFIED].targets and Need.CERTIFICATE in available.needs:
+    certifies = Need.CERTIFICATE in available.needs or bool(available.uncertified)
+    if request.target in METHODS[CERTIFIED].targets and certifies:
         order = (CERTIFIED, *order)
     for name in order:
         chosen = available.default if name == "fedup" and request.cause == "malicious" else name
@@ -318,6 +321,10 @@ def _check_needs(name: str, request: Request, available: Available) -> None:
             f"{name} needs {Need.BATCH_LOG}, which was not kept; set batch-log before training"
         )
     if Need.CERTIFICATE in lacking:
+        if available.uncertified:
+            raise NotCertifiedError(
+                f"{name} certifies nothing here: {available.uncertified}; choose another method"
+            )
         raise NotCertifiedError(
             f"{name} needs {Need.CERTIFICATE}, and this one certifies no such deletion; choose "
             "another method, or train with strategy = ffmu and local = full from the start"

@@ -80,3 +80,15 @@ def test_a_deletion_that_is_not_certified_is_routed_to_another_method(play):
     assert all("not all: nothing is shown" in u.refused for u in done if u.method == "ffmu")
     assert memory[-1][0] is not None
     assert all(torch.isfinite(t).all() for t in models[max(models)].values())
+
+
+def test_with_a_detector_nothing_is_certified(tmp_path, monkeypatch):
+    everything = ExactCheck(certified=1, pairs=1, rounds=4)  # were it asked
+    monkeypatch.setattr(FFMU, "check", lambda self, removed: everything)
+    path = tmp_path / "watched.toml"
+    path.write_text(TEXT.replace("rounds = 6", 'rounds = 4\ndetector = "cohort"'))
+    with with_folder(load_scenario(str(path), {})) as scenario:
+        experiment = Experiment(scenario)
+        experiment.play(InProcessGrid(client_app(scenario), scenario.clients.total))
+    done = [r.unlearning for r in experiment.outcome.rounds if r.unlearning is not None]
+    assert {(u.method, u.refused) for u in done} == {("rollback", None)}

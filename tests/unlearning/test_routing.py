@@ -309,6 +309,17 @@ def test_every_cell_of_the_table(terms, needs, without, expected, passed):
     assert [name for name, _ in found.passed_over] == passed.split()
 
 
+def test_training_that_could_certify_and_does_not_is_passed_over_and_told():
+    there = having({I, K, R}, uncertified="a detector is on")
+    found = route(asking("samples"), there)
+    assert found.method == "rollback"
+    why = "ffmu certifies nothing here: a detector is on; choose another method"
+    assert found.passed_over == (("ffmu", why),)
+    with pytest.raises(NotCertifiedError, match="a detector is on; choose another"):
+        route(asking("samples", method="ffmu"), there)
+    assert route(asking("class"), there).passed_over == ()
+
+
 def test_drift_takes_the_place_of_fedup_for_attackers_alone():
     there = {L, H, P, U, R}
     for terms, expected in (
