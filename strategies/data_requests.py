@@ -59,7 +59,8 @@ class DataRequests:
         self._forgetting = forgetting
         self._directory = directory
         self.forgotten_classes: set[int] = set()
-        """Numbers of classes; measures that recovery is judged by leave them out."""
+        """Numbers of classes that all clients dropped; measures that recovery is judged by leave
+        them out."""
         self.certified: dict[str, int] = {}
         """Client -> rows that went before, certified to change nothing."""
         self.barred: dict[str, str] = {}
@@ -285,12 +286,12 @@ class DataRequests:
         return found
 
     def forgot(self, due: Iterable[Pending]) -> None:
-        """Take note of the classes among what was forgotten."""
+        """Take note of what was forgotten, and of the classes that everybody has dropped."""
         for entry in due:
             if entry.selection is None:
                 continue
             self._forgotten.setdefault(entry.selection, _Forgotten()).served = True
-            if entry.selection.forget == "class":
+            if entry.selection.forget == "class" and everywhere(entry):
                 self.forgotten_classes.add(entry.selection.forget_class)
 
     def owed(self, clients: Iterable[str]) -> dict[Selection, tuple[str, ...]]:
@@ -394,4 +395,6 @@ def told(entry: Pending) -> str:
     """Say what an entry of the waiting list is about."""
     if entry.selection is None:
         return ", ".join(entry.clients)
-    return described(entry.selection)
+    holders = entry.request.clients if entry.request is not None else ()
+    named = f" of {', '.join(holders)}" if holders else ""
+    return described(entry.selection) + (named if entry.selection.forget == "class" else "")

@@ -333,7 +333,8 @@ def test_whom_nobody_can_do_without_is_asked_again_later(name, target):
     wrapped = made(MAKE[name]())
     _, models = play(wrapped, clients.grid, 3)
     clients.told.clear()
-    wrapped.request(asked_for(name, target=target, holders=holders))
+    named = holders if target is Target.SAMPLES else ()
+    wrapped.request(asked_for(name, target=target, holders=named))
     first, later = play(wrapped, clients.grid, 4, played=3, model=models[-1])
     assert "client-0002: error" in first[0].unlearning.refused
     assert len(wrapped.forgetting.pending) == 1
@@ -606,6 +607,19 @@ def test_requests_for_data_of_one_method_are_served_in_one_go_and_recovered_from
         Phase.RECOVER,
         Phase.TRAIN,
     ]
+
+
+@pytest.mark.parametrize("name", ["ascent", "retrain"])
+def test_a_class_that_some_were_to_forget_is_not_forgotten_by_the_others(name):
+    clients = Clients()
+    request = asked_for(name, holders=(1, 3))
+    wrapped, records, _ = requested(clients, MAKE[name](), request=request)
+    assert records[0].unlearning.targets == ("class 1 of client-0001, client-0003",)
+    assert clients.of("query.forget") == [1, 3]
+    assert wrapped.forgotten_classes == set()  # measures go on as they were
+    wrapped.request(asked_for(name))
+    play(wrapped, clients.grid, wrapped.record.number + 1, played=wrapped.record.number)
+    assert wrapped.forgotten_classes == {1}
 
 
 # ---------------------------------------------------------------- clients that lose their lists
