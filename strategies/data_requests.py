@@ -8,7 +8,12 @@ from strategies.actions import Forget, Selection
 from strategies.directory import Directory
 from strategies.ffmu import FFMU
 from strategies.forgetting import Forgetting
-from strategies.methods.dropping import NothingHeldError, asked_to_drop, described
+from strategies.methods.dropping import (
+    AlreadyForgottenError,
+    NothingHeldError,
+    asked_to_drop,
+    described,
+)
 from strategies.methods.interface import Dropped, Pending
 from strategies.reminders import Reminders
 from strategies.rounds import PlanRounds, UnansweredError
@@ -63,6 +68,10 @@ class DataRequests:
         them out."""
         self.certified: dict[str, int] = {}
         """Client -> rows that went before, certified to change nothing."""
+        self._certified_parts: set[str] = set()
+        """Which these were."""
+        self._exactly: dict[str, set[str]] = {}
+        """What is forgotten exactly -> the clients whose training was undone."""
         self.barred: dict[str, str] = {}
         """Client -> why it may not take part in this round."""
         self._forgotten: dict[Selection, _Forgotten] = {}
@@ -110,10 +119,16 @@ class DataRequests:
         }
         return strategy.check({self._directory.node(c): n for c, n in together.items()})
 
-    def certify(self, dropped: Mapping[str, int]) -> None:
-        """Take note of rows per client that were dropped, and changed nothing."""
-        for client, rows in dropped.items():
-            self.certified[client] = self.certified.get(client, 0) + rows
+    def certify(self, entries: Iterable[Pending]) -> None:
+        """Take note of rows that were dropped, and changed nothing."""
+        for entry in entries:
+            for client, rows in self.dropped([entry]).items():
+                self.certified[client] = self.certified.get(client, 0) + rows
+            self._certified_parts |= parts(entry)
+
+    def start_anew(self) -> None:
+        """Take note that nothing is certified any more: the model was changed."""
+        self.certified, self._certified_parts = {}, set()
 
     # ------------------------------------------------------------ dropping
     @property
@@ -168,6 +183,8 @@ class DataRequests:
         """Ask for one request; raises where not all have dropped it that must."""
         holders = [c for c in clients if everywhere(entry) or c in entry.clients]
         state.concerned.update(holders if everywhere(entry) else entry.clients)
+        if self._needs_nothing(entry, selection):
+            raise AlreadyForgottenError(selection)
         if not holders:
             if not METHODS[entry.method].replays:
                 raise AllLeaveError(selection)
@@ -195,6 +212,19 @@ class DataRequests:
         if not any(rows > 0 for rows in state.rows.values()):
             raise NothingHeldError(len(holders), selection)
         state.done = True
+
+    def _needs_nothing(self, entry: Pending, selection: Selection) -> bool:
+        """Say whether all of an exact request was served exactly; who joined since never had it."""
+        if entry.request is None or entry.request.promise != "exact" or entry.dropped is None:
+            return False
+        known = self._forgotten.get(selection)
+        never = known.dropped if known is not None and known.everywhere else set()
+        return all(
+            entry.dropped.concerned <= self._exactly[part] | never
+            if part in self._exactly
+            else False
+            for part in parts(entry)
+        )
 
     def _ask(
         self,
@@ -268,10 +298,12 @@ class DataRequests:
         return replace(entry, clients=tuple(sorted(found)))
 
     def dropped(self, entries: Iterable[Pending]) -> dict[str, int]:
-        """Return how many rows each client dropped of what is forgotten."""
+        """Return how many rows each client dropped of what is forgotten, but those certified."""
         found: dict[str, int] = {}
+        counted = set(self._certified_parts)
         for entry in entries:
-            if entry.dropped is not None:
+            if entry.dropped is not None and not parts(entry) <= counted:
+                counted |= parts(entry)
                 for client, rows in entry.dropped.rows.items():
                     found[client] = found.get(client, 0) + rows
         return found
@@ -285,12 +317,15 @@ class DataRequests:
                 found.update(owed.get(entry.selection, ()))
         return found
 
-    def forgot(self, due: Iterable[Pending]) -> None:
+    def forgot(self, due: Iterable[Pending], *, exactly: bool) -> None:
         """Take note of what was forgotten, and of the classes that everybody has dropped."""
         for entry in due:
             if entry.selection is None:
                 continue
             self._forgotten.setdefault(entry.selection, _Forgotten()).served = True
+            if exactly and entry.dropped is not None:
+                for part in parts(entry):
+                    self._exactly.setdefault(part, set()).update(entry.dropped.concerned)
             if entry.selection.forget == "class" and everywhere(entry):
                 self.forgotten_classes.add(entry.selection.forget_class)
 
@@ -352,6 +387,13 @@ class DataRequests:
                 self._excuse(entry)
             else:
                 self.wait(request, found.method, active, number, model, passed, entry.dropped)
+
+
+def parts(entry: Pending) -> frozenset[str]:
+    """Return what a request is made of: tokens, or a class in words; nothing of a leaver."""
+    if entry.selection is None:
+        return frozenset()
+    return frozenset(entry.selection.tokens or (described(entry.selection),))
 
 
 def everywhere(entry: Pending) -> bool:

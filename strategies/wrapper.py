@@ -505,7 +505,7 @@ class Unlearning(Strategy):
             plan = f"unlearning-{number}" + (f"-{len(outcomes)}" if outcomes else "")
             try:
                 situation = self._situation(
-                    name, due, outcomes[-1].model if outcomes else model, carrier, rewriting
+                    name, due, served, outcomes[-1].model if outcomes else model, carrier, rewriting
                 )
                 steps = self.forgetting.methods[name].plan(situation)
                 outcomes.append(carry_out(steps, ask, self.store.journal(plan)))
@@ -527,11 +527,15 @@ class Unlearning(Strategy):
         self,
         name: str,
         due: Sequence[Pending],
+        served: Sequence[Pending],
         model: Parameters,
         carrier: rounds.PlanRounds,
         rewriting: Rewriting,
     ) -> Situation:
-        """Return what a method is told; raises where it must not be asked."""
+        """Return what a method is told of those who are due; raises where it must not be asked.
+
+        A certificate is of these and those served just before together.
+        """
         active = self._active()
         situation = Situation(
             self.record.number,
@@ -550,7 +554,7 @@ class Unlearning(Strategy):
             partial(self.data.check, self.strategy)
             if isinstance(self.strategy, FFMU) and self._uncertifiable is None
             else None,
-            self.data.dropped(due),
+            self.data.dropped([*served, *due]),
         )
         if name in NEED_MAJORITY and situation.forgotten:
             gone = len(situation.forgotten)
@@ -589,11 +593,12 @@ class Unlearning(Strategy):
         self.forgetting.done(served, number, counts=not outcome.changes_nothing)
         self.forgettings += 1
         if record.method == CERTIFIED:
-            self.data.certify(self.data.dropped(served))
+            self.data.certify(served)
         if (
             outcome.exact and outcome.origin is not None
         ):  # what the strategy remembers now is what it would have without them
-            self.strategy, self.data.certified = carrier.strategy, {}
+            self.strategy = carrier.strategy
+            self.data.start_anew()
         self.record.unlearning = record
         self.record.phase = Phase.UNLEARN
         leaving = sorted({c for e in served if e.selection is None for c in e.clients})
@@ -605,7 +610,7 @@ class Unlearning(Strategy):
                 "there, too"
             )
         record.warnings += [f"not forgotten: {text}" for text in self._refusals]
-        self.data.forgot(served)
+        self.data.forgot(served, exactly=outcome.exact)
         if outcome.origin is not None:
             rewriting.apply(outcome.origin)
         else:  # who trained in the plan alone has a part in the model, too
@@ -841,7 +846,8 @@ class Unlearning(Strategy):
             return
         # What the wrapped strategy remembers (moments, momentum) holds their influence too.
         if not outcome.exact:
-            self.strategy, self.data.certified = copy.deepcopy(self.fresh), {}
+            self.strategy = copy.deepcopy(self.fresh)
+            self.data.start_anew()
         self.strategy_since = number
         forgotten = frozenset(record.clients)
         self.memory.forget(forgotten)

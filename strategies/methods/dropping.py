@@ -17,6 +17,16 @@ class NothingHeldError(ImpossibleRequestError):
         )
 
 
+class AlreadyForgottenError(ImpossibleRequestError):
+    """What is to be forgotten exactly was, and has not been trained on since."""
+
+    def __init__(self, selection: Selection) -> None:
+        super().__init__(
+            f"{described(selection)}: forgotten exactly before, and not trained on since; nothing "
+            "is to be done"
+        )
+
+
 def asked_to_drop(selection: Selection, clients: Collection[str], *, dry: bool = False) -> Ask:
     """Return what holders are asked; who will not drop what it holds says so.
 

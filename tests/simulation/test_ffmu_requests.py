@@ -92,3 +92,26 @@ def test_with_a_detector_nothing_is_certified(tmp_path, monkeypatch):
         experiment.play(InProcessGrid(client_app(scenario), scenario.clients.total))
     done = [r.unlearning for r in experiment.outcome.rounds if r.unlearning is not None]
     assert {(u.method, u.refused) for u in done} == {("rollback", None)}
+
+
+def test_the_same_rows_count_once_and_requests_of_one_round_together(tmp_path, monkeypatch):
+    asked = []
+
+    def check(self, removed):
+        asked.append(sum(removed.values()))
+        return ExactCheck(certified=5, pairs=5, rounds=self.course.number)
+
+    monkeypatch.setattr(FFMU, "check", check)
+    again = '[[requests]]\nround = {}\ntarget = "samples"\nclients = [1]\nrows = {}\n'
+    more = 'guarantee = "approximate"\n'
+    text = TEXT.replace("rows = [2]", "rows = [0, 1]\n" + more)
+    text = text.replace("[settings]", again.format(4, [0, 2]) + again.format(4, [3]) + "[settings]")
+    path = tmp_path / "again.toml"
+    path.write_text(text)
+    with with_folder(load_scenario(str(path), {})) as scenario:
+        experiment = Experiment(scenario)
+        experiment.play(InProcessGrid(client_app(scenario), scenario.clients.total))
+    # Rows 0 and 1; the same again, which add nothing; with 0 and 2, of which one is new but both
+    # count, since the server cannot tell the rows apart from their tokens; and with 3.
+    of_requests = asked[-5:-1] if asked[-1] == 1 else asked[-4:]
+    assert of_requests == [2, 2, 4, 5]

@@ -146,9 +146,9 @@ def asked_for(method, *, target=Target.CLASS, holders=(), **more):
                    method=method, **kind, **more)  # fmt: skip
 
 
-def requested(clients, method, *, before=3, after=1, request=None, **more):
+def requested(clients, method, *, before=3, after=1, request=None, others_too=False, **more):
     """Train, ask, and go on; return the federation, the later records and all models."""
-    wrapped = made(method, **more)
+    wrapped = made(None if others_too else method, **more)
     _, models = play(wrapped, clients.grid, before)
     clients.told.clear()
     wrapped.request(request or asked_for(method.name))
@@ -607,6 +607,40 @@ def test_requests_for_data_of_one_method_are_served_in_one_go_and_recovered_from
         Phase.RECOVER,
         Phase.TRAIN,
     ]
+
+
+@pytest.mark.parametrize("target", [Target.CLASS, Target.SAMPLES])
+def test_what_was_forgotten_exactly_is_not_forgotten_again(target):
+    clients = Clients()
+    wrapped, records, models = requested(clients, MAKE["retrain"](), others_too=True,
+                                         request=asked_for("ascent", target=target))  # fmt: skip
+    played = wrapped.record.number
+    assert records[0].unlearning.method == "ascent"
+    # Approximately is not exactly.
+    wrapped.request(asked_for("retrain", target=target))
+    records, models = play(wrapped, clients.grid, played + 1, played=played, model=models[-1])
+    assert (records[0].unlearning.method, records[0].unlearning.refused) == ("retrain", None)
+    # Now it is.
+    played = wrapped.record.number
+    clients.told.clear()
+    wrapped.request(asked_for("retrain", target=target))
+    records, models = play(wrapped, clients.grid, played + 1, played=played, model=models[-1])
+    assert "forgotten exactly before, and not trained on since" in records[0].unlearning.refused
+    assert wrapped.forgetting.pending == []
+    assert {kind for kind, _, _ in clients.told} == {"train"}
+    assert len(clients.of("train")) == CLIENTS  # one round
+    # By others, or with more, it is a request of its own.
+    played = wrapped.record.number
+    more = asked_for("retrain", target=target, holders=(1,))
+    if target is Target.SAMPLES:
+        more = dataclasses.replace(asked_for("retrain", target=target), tokens=(TOKEN, "1" * 32))
+    wrapped.request(more)
+    records, _ = play(wrapped, clients.grid, played + 1, played=played, model=models[-1])
+    again = records[0].unlearning
+    if target is Target.SAMPLES:
+        assert again.refused is None
+    else:  # everybody has forgotten the class, client 1 too
+        assert "forgotten exactly before" in again.refused
 
 
 @pytest.mark.parametrize("name", ["ascent", "retrain"])
