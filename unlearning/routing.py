@@ -15,6 +15,7 @@ from unlearning.errors import (
     BudgetError,
     ImpossibleRequestError,
     MissingNeedError,
+    NeedsRetainedClientsError,
     NoBatchLogError,
     NoExactMethodError,
     NoLastRoundError,
@@ -331,7 +332,8 @@ def _check_needs(name: str, request: Request, available: Available) -> None:
         )
     if lacking:
         recorded = "recorded" if set(lacking) & RECORDED else "available"
-        raise MissingNeedError(f"{name} needs {_list(lacking)}, which is not {recorded}")
+        kind = NeedsRetainedClientsError if Need.RETAINED in lacking else MissingNeedError
+        raise kind(f"{name} needs {_list(lacking)}, which is not {recorded}")
 
 
 def check_whole(name: str, concerned: Collection[str], purged: Mapping[str, int]) -> None:

@@ -26,6 +26,7 @@ from unlearning.errors import (
     BudgetError,
     ImpossibleRequestError,
     MissingNeedError,
+    NeedsRetainedClientsError,
     NoBatchLogError,
     NoExactMethodError,
     NoLastRoundError,
@@ -307,6 +308,14 @@ def test_every_cell_of_the_table(terms, needs, without, expected, passed):
     found = route(asking(**terms), having(needs, without=without.split()))
     assert found.method == expected
     assert [name for name, _ in found.passed_over] == passed.split()
+
+
+def test_methods_that_need_those_who_stay_say_so():
+    for target in ("class", "samples", "client"):
+        request = asking(target, guarantee="approximate", retained_cooperate=False)
+        with pytest.raises(NeedsRetainedClientsError, match="retained clients answer, which is"):
+            route(request, having({L, I, K, R}))
+    assert issubclass(NeedsRetainedClientsError, MissingNeedError)
 
 
 def test_training_that_could_certify_and_does_not_is_passed_over_and_told():
