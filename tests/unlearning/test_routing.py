@@ -600,7 +600,7 @@ def test_a_named_method_is_honoured_only_if_its_needs_hold(name, target):
         with pytest.raises(RefusedRequestError) as caught:
             route(request, having(left))
         assert str(caught.value).startswith(f"{name} needs {need}, ")
-        special = {G: NoBatchLogError, F: NotCertifiedError}
+        special = {G: NoBatchLogError, F: NotCertifiedError, R: NeedsRetainedClientsError}
         assert type(caught.value) is special.get(need, MissingNeedError)
         if need not in special:
             there = "recorded" if need in RECORDED else "available"
