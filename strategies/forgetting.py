@@ -7,8 +7,8 @@ from strategies.memory import Memory
 from strategies.methods.interface import Dropped, Method, Pending, ServerLab
 from strategies.methods.retraining import Retrain
 from strategies.rate_limit import RateLimit
-from unlearning.catalogue import METHODS, Need
-from unlearning.errors import BudgetError, SecateurError
+from unlearning.catalogue import DATA, METHODS, Need
+from unlearning.errors import BudgetError, ImpossibleRequestError, SecateurError
 from unlearning.parameters import Parameters
 from unlearning.routing import Available, Cause, Request, Route, route
 
@@ -54,6 +54,8 @@ class Forgetting:
         self.lab = lab
         self.offers = frozenset(offers)
         self.pending: list[Pending] = []
+        self.exactly: set[str] = set()
+        """Clients that were forgotten exactly."""
         self.last: int | None = None
         """Round of the last unlearning."""
         self.tried: dict[Pending, int] = {}
@@ -236,6 +238,35 @@ class Forgetting:
         self.withdraw(served)
         if counts:
             self.last, self.refused, self.tried = number, set(), {}
+
+    def check_excluded(self, client: str, request: Request, *, banned: bool) -> None:
+        """Raise unless a client that takes no part may still be asked to be forgotten.
+
+        It may if nobody has forgotten it and it does not wait, as where what waited was withdrawn;
+        and exactly as long as that is not to come, whatever else was done (``methods`` 10.3).
+
+        Parameters
+        ----------
+        banned
+            Whether it was forgotten.
+
+        Raises
+        ------
+        ImpossibleRequestError
+            If it may not.
+        """
+        waits = [e for e in self.pending if e.selection is None and client in e.clients]
+        why = ""
+        if request.target in DATA:
+            why = "nothing of it alone can be forgotten any more"
+        elif client in self.exactly:
+            why = "it was forgotten exactly"
+        elif any(METHODS[entry.method].guarantee == "exact" for entry in waits):
+            why = "it waits to be forgotten exactly"
+        elif (waits or banned) and request.promise != "exact":
+            why = "it waits or was forgotten, and only exact forgetting can follow"
+        if why:
+            raise ImpossibleRequestError(f"{client} takes no part any more: {why}")
 
     @property
     def stuck(self) -> bool:

@@ -35,7 +35,7 @@ from strategies.rate_limit import RateLimit
 from strategies.records import Phase, RoundRecord, UnlearningRecord
 from strategies.recovery import VALIDATION, Recovery, RecoveryWatch
 from strategies.rewriting import Rewriting
-from strategies.roster import Hysteresis, Roster
+from strategies.roster import Hysteresis, Roster, Status
 from strategies.screen import Screen, Screened
 from strategies.shares import Shares
 from strategies.store import MemoryStore, Store
@@ -339,7 +339,7 @@ class Unlearning(Strategy):
             uncertified=(trains and why) or "",
             without=passed,
             number=self.record.number,
-            active=self._active(),
+            active={*self._active(), *set(request.clients).intersection(self.directory.clients())},
             fewest=rounds.fewest_clients(self.strategy),
             remembers=rounds.remembers(self.strategy),
         )
@@ -362,10 +362,10 @@ class Unlearning(Strategy):
         Raises
         ------
         RefusedRequestError
-            If it cannot be served as it asks for, or a client is unknown or excluded already;
-            nothing is changed.
+            If it cannot be served as it asks for, or a client is unknown, or excluded already and
+            not to be forgotten exactly now; nothing is changed.
         """
-        self._check_names(request.clients)
+        self._check_names(request)
         found = self.route(request)
         if request.target in DATA:
             self.data.wait(
@@ -432,15 +432,14 @@ class Unlearning(Strategy):
         ]
         return federated_average(last.number, last.previous, answers)
 
-    def _check_names(self, clients: Sequence[str]) -> None:
-        unknown = sorted(set(clients) - set(self.directory.clients()))
+    def _check_names(self, request: Request) -> None:
+        unknown = sorted(set(request.clients) - set(self.directory.clients()))
         if unknown:
             raise ImpossibleRequestError(f"no client is called {', '.join(unknown)}")
-        excluded = [client for client in clients if not self.roster.may_take_part(client)]
-        if excluded:
-            raise ImpossibleRequestError(
-                f"{', '.join(excluded)} cannot be forgotten again: excluded already"
-            )
+        for client in request.clients:
+            if not self.roster.may_take_part(client):
+                banned = self.roster.entry(client).status is Status.BANNED
+                self.forgetting.check_excluded(client, request, banned=banned)
 
     def unlearn_if_due(
         self,
@@ -603,6 +602,8 @@ class Unlearning(Strategy):
         self.record.phase = Phase.UNLEARN
         leaving = sorted({c for e in served if e.selection is None for c in e.clients})
         self._note_unlearned(record, outcome, leaving)
+        if outcome.exact:
+            self.forgetting.exactly.update(leaving)
         record.warnings += carrier.unheard
         if late := sorted(self.data.late(served)):
             record.warnings.append(

@@ -24,7 +24,12 @@ from strategies.recovery import Recovery
 from tests.conftest import scripted_app
 from tests.strategies.small import MODEL, client, federation, learning, play
 from unlearning.catalogue import METHODS, Need, Target
-from unlearning.errors import BudgetError, MissingNeedError, RefusedRequestError
+from unlearning.errors import (
+    BudgetError,
+    ImpossibleRequestError,
+    MissingNeedError,
+    RefusedRequestError,
+)
 from unlearning.parameters import byte_size, trained_names
 from unlearning.routing import Request
 
@@ -445,7 +450,7 @@ def test_who_joins_between_a_request_for_a_class_and_its_time_is_asked_with_the_
 
 # ---------------------------------------------------------------- at once, and without the others
 def leaving(number, method="retrain", **more):
-    promise = "exact" if METHODS[method].guarantee == "exact" else "approximate"
+    promise = "exact" if method and METHODS[method].guarantee == "exact" else "approximate"
     return Request(Target.CLIENT, (client(number),), "privacy", guarantee=promise, method=method,
                    **more)  # fmt: skip
 
@@ -707,6 +712,54 @@ def test_who_comes_back_by_another_node_is_asked_again_for_all_that_it_dropped()
     records, models = play(wrapped, clients.grid, played + 3, played=played + 1, model=models[-1])
     assert clients.of("query.forget") == [3]
     assert [record.participants for record in records] == 2 * [ALL]
+
+
+# ---------------------------------------------------------------- an exact request that follows
+@pytest.mark.parametrize("served", [True, False])
+def test_who_was_or_is_to_be_forgotten_approximately_can_be_forgotten_exactly(served):
+    clients = Clients()
+    wrapped = made(None, rate_limit=RateLimit(rounds=1 if served else 3))
+    _, models = play(wrapped, clients.grid, 3)
+    gone = dataclasses.replace(leaving(0, "not"), cause="malicious")
+    wrapped.request(gone)
+    if served:
+        _, models = play(wrapped, clients.grid, 4, played=3, model=models[-1])
+    with pytest.raises(ImpossibleRequestError, match="and only exact forgetting can follow"):
+        wrapped.request(gone)
+    with pytest.raises(ImpossibleRequestError, match="nothing of it alone can be forgotten"):
+        wrapped.request(asked_for("retrain", target=Target.SAMPLES, holders=(0,)))
+    follow = dataclasses.replace(leaving(0, None), guarantee="exact", cause="malicious")
+    assert wrapped.request(follow).method == "rollback"
+    with pytest.raises(ImpossibleRequestError, match="it waits to be forgotten exactly"):
+        wrapped.request(follow)
+    played = wrapped.record.number
+    records, models = play(wrapped, clients.grid, played + 1, played=played, model=models[-1])
+    done = [r.unlearning for r in records if r.unlearning is not None]
+    assert [d.method for d in done] == [*(["not"] if not served else []), "rollback"]
+    assert [(d.clients, d.refused) for d in done] == [((client(0),), None)] * len(done)
+    assert wrapped.roster.statuses()[client(0)] == "banned"
+    with pytest.raises(ImpossibleRequestError, match="it was forgotten exactly"):
+        wrapped.request(follow)
+    # It is as if the client had never been there.
+    quiet = Clients()
+    quiet.grid.get_node_ids = lambda: list(quiet.grid.contexts)[1:]
+    _, expected = play(made(None), quiet.grid, wrapped.record.number)
+    assert same(models[-1], expected[-1])
+
+
+def test_who_was_withdrawn_can_be_asked_for_again():
+    clients = Clients()
+    wrapped = made(MAKE["retrain"]())
+    _, models = play(wrapped, clients.grid, 3)
+    wrapped.request(leaving(0, most_rounds=4))
+    entry = wrapped.forgetting.pending[0]
+    wrapped.forgetting.pending[0] = dataclasses.replace(entry, most_rounds=3)
+    records, models = play(wrapped, clients.grid, 4, played=3, model=models[-1])
+    assert "4 rounds again by now, and 3 are allowed" in records[0].unlearning.refused
+    assert (waits(wrapped), wrapped.busy) == ([], False)
+    wrapped.request(leaving(0))
+    records, _ = play(wrapped, clients.grid, 5, played=4, model=models[-1])
+    assert records[0].unlearning.refused is None
 
 
 # ---------------------------------------------------------------- what is left of the record
