@@ -509,10 +509,10 @@ class Unlearning(Strategy):
                 steps = self.forgetting.methods[name].plan(situation)
                 outcomes.append(carry_out(steps, ask, self.store.journal(plan)))
             except (RefusedRequestError, ParametersError) as error:
+                self.store.drop_journal(plan)
                 self._note_refused(name, due, carrier, error, asked=carrier.asks > asks)
                 continue
-            finally:
-                self.store.drop_journal(plan)
+            self.store.drop_journal(plan)
             served += due
             told_of += situation.pending
         if not outcomes:
