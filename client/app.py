@@ -96,18 +96,32 @@ def build_app(
         content = RecordDict({messages.METRICS: MetricRecord({messages.PARTITION: partition})})
         return Message(content, reply_to=message)
 
+    for kind in STEPS:
+        _register(app, kind, options)
+
+    _register_kept(app, make_job, options)
+    return app
+
+
+def _register_kept(
+    app: ClientApp, make_job: MakeJob, options: Callable[[Context], TaskOptions]
+) -> None:
+    """Register what is answered with what the client keeps on its disk."""
+
     @app.query("forget")
     def forget(message: Message, context: Context) -> Message:
         own, config = options(context), config_of(message)
         keeping, examples = needed_keeping(own, context), examples_of(own, context)
         request = str(config.get(messages.REQUEST, ""))
         number = int(config.get(messages.SERVER_ROUND, 0))
-        count = keeping.forget(Forget.model_validate(config), examples, number, request)
+        asked = Forget.model_validate(config)
+        if asked.dry:
+            count = keeping.count(asked, examples)
+        else:
+            count = keeping.forget(asked, examples, number, request)
         # Weights are compared, and who holds much more than others has done nothing wrong.
-        return Message(messages.evaluate_reply({"rows": count}, 1), reply_to=message)
-
-    for kind in STEPS:
-        _register(app, kind, options)
+        told = {"rows": count, messages.ENTRIES: keeping.forgotten().length}
+        return Message(messages.evaluate_reply(told, 1), reply_to=message)
 
     @app.query("batches")
     def batches(message: Message, context: Context) -> Message:
@@ -142,8 +156,6 @@ def build_app(
         rows = own_rows(load_task(own), examples, keeping, choose_device(own.device))
         found = report(rows, start_of(message), asked, round_of(message), keeping)
         return Message(messages.evaluate_reply(found, 1), reply_to=message)
-
-    return app
 
 
 def _register(
@@ -203,7 +215,8 @@ def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
     Raises
     ------
     RefusedRequestError
-        If its owner does not allow what is asked, or it forgot all it has.
+        If its owner does not allow what is asked, it forgot all it has, or its list of what is
+        forgotten is shorter than it was.
     """
     task = load_task(options)
     examples = allowed = task.client_data(*partition_of(context)).train
@@ -211,7 +224,10 @@ def honest_job(message: Message, context: Context, options: TaskOptions) -> Job:
     if is_refusable(message):  # engines that take jobs know no mods
         check_allowed(message, own.refuse)
     log = log_of(message, context, own)
-    if (keeping := keeping_of(own, context)) is not None:
+    entries = int(config_of(message).get(messages.ENTRIES, 0))
+    keeping = needed_keeping(own, context) if entries else keeping_of(own, context)
+    if keeping is not None:
+        keeping.check_length(entries)
         allowed = keeping.without_forgotten(examples)
     if allowed is not examples and not size_of(allowed):
         raise RefusedRequestError("every row of this client is forgotten; do not ask it to train")

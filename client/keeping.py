@@ -21,6 +21,7 @@ from client.storage import KeepingError, Record, locked, read_record, write_reco
 from client.task.protocol import Examples, TaskOptions, size_of
 from strategies import messages
 from strategies.actions import PATTERN, Selection
+from unlearning.errors import RefusedRequestError
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Token = Annotated[str, Field(pattern=rf"^{PATTERN}$")]
@@ -51,6 +52,11 @@ class Forgotten(Record):
 
     rows: dict[Hash, When] = Field(default_factory=dict)
     classes: dict[Class, When] = Field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Return the number of entries."""
+        return len(self.rows) + len(self.classes)
 
 
 class Keeping:
@@ -91,6 +97,18 @@ class Keeping:
                 )
             self._forgotten, self._state = found, state
         return self._forgotten
+
+    def check_length(self, entries: int) -> None:
+        """Raise ``RefusedRequestError`` if the list has fewer entries than the server saw in it.
+
+        Entries are never removed: the list was deleted with its folder, or is an old copy.
+        """
+        here = self.forgotten().length
+        if here < entries:
+            raise RefusedRequestError(
+                f"{messages.SHORTER}: {self.folder / FORGOTTEN} has {here} entries, and had "
+                f"{entries}; put back the newest copy"
+            )
 
     def without_forgotten(self, examples: Examples) -> Examples:
         """Return the rows that may be trained on.
@@ -179,7 +197,7 @@ class Keeping:
             for what is on the list.
         """
         with locked(self.folder):
-            count = self._count(selection, examples)
+            count = self.count(selection, examples)
             known, when = self.forgotten(), When(round=number, request=request)
             if selection.forget == "class":
                 added: dict[str, When] = {}
@@ -192,7 +210,8 @@ class Keeping:
                 write_record(self.folder / FORGOTTEN, changed)
         return count
 
-    def _count(self, selection: Selection, examples: Examples) -> int:
+    def count(self, selection: Selection, examples: Examples) -> int:
+        """Return how many rows a selection means, as ``forget`` does; nothing is written."""
         chosen = self.select(selection, examples)
         if selection.forget != "samples" or not (known := self.contents(selection, examples)):
             return len(chosen)

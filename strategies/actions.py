@@ -107,6 +107,9 @@ class Forget(Selection):
 
     action = "query.forget"
 
+    dry: bool = False
+    """Whether to say only what would be answered: nothing is dropped, and nothing written."""
+
 
 class Ascend(Selection):
     """Climb the loss on the selected rows inside a ball (UN, PGA; ``methods`` 2.12).

@@ -103,6 +103,9 @@ class Memory:
     """Client -> the first round that its batch log may tell wrongly of."""
     restarted: bool = field(default=False, init=False)
     """Whether rounds were undone that the ledger cannot tell from those before them."""
+    purged: dict[str, int] = field(default_factory=dict, init=False)
+    """Client -> the last round of which what it sent was deleted; its history and its row of the
+    ledger tell nothing of the rounds up to then."""
     from_the_start: bool = field(default=True, init=False)
     """Whether the first round that it remembers started from the model of round 0."""
     given_up: str = field(default="", init=False)
@@ -166,7 +169,8 @@ class Memory:
             found.add(Need.LAST)
         if self.ledger and not self.restarted:
             found.add(Need.LEDGER)
-        if self._archive is not None and not self.given_up and 1 in self._archive.rounds:
+        recorded = self._archive.rounds if self._archive is not None and not self.given_up else ()
+        if 1 in recorded and any(self._archive.models(number) for number in recorded):  # type: ignore[union-attr]
             found |= HISTORIES & set(self.needs)
         return frozenset(found)
 
@@ -196,6 +200,7 @@ class Memory:
 
     def forget(self, clients: Collection[str]) -> None:
         """Delete what clients sent, and every checkpoint that they had a part in."""
+        self.purged |= {c: last for c, last in self.last_rounds.items() if c in clients}
         if self.last is not None:
             self.last = self._kept_round(self.last.without(clients))
         kept = {client: row for client, row in self.ledger.items() if client not in clients}
@@ -205,6 +210,10 @@ class Memory:
         joined = [self.first_rounds[c] for c in clients if c in self.first_rounds]
         for number in [n for n in self.checkpoints if joined and n >= min(joined)]:
             self._drop_checkpoint(number)
+
+    def purged_of(self, clients: Collection[str]) -> dict[str, int]:
+        """Return up to which round what some clients sent was deleted, of those of whom it was."""
+        return {client: last for client, last in self.purged.items() if client in clients}
 
     def rewind(self, number: int) -> None:
         """Drop what describes the rounds after ``number``: they were undone."""
@@ -216,6 +225,9 @@ class Memory:
             self._drop_checkpoint(later)
         self.first_rounds = {c: first for c, first in self.first_rounds.items() if first <= number}
         self.last_rounds = {c: last for c, last in self.last_rounds.items() if last <= number}
+        self.purged = {  # what comes after is written anew
+            c: min(last, number) for c, last in self.purged.items() if c in self.first_rounds
+        }
         self.shares = {c: share for c, share in self.shares.items() if share[0] <= number}
         self.last = None
         if number and self.ledger:

@@ -38,6 +38,11 @@ keep a batch log need them."""
 TAKEN_BACK = "taken-back"
 """Requests to subtract batches that were served, whoever was asked; comes with every message, so
 that no client misses it, or subtracts what was subtracted before."""
+ENTRIES = "entries"
+"""How many entries a client's list of what is forgotten has, in its answer to ``query.forget``, or
+had when it last answered, in messages that begin training; entries are never removed."""
+SHORTER = "the list of what is forgotten is shorter than it was"
+"""In the reason of a client that does not train because of that."""
 REQUEST = "request"
 """Which request to forget a message belongs to; for the client's own records."""
 

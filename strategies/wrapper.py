@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from strategies import averaging, messages, rounds
 from strategies.combination import check_combination, check_needs, takes_gradients
-from strategies.data_requests import DataRequests, told, with_newcomers
+from strategies.data_requests import DataRequests, told
 from strategies.detectors.interface import Detector, Finding, limited
 from strategies.directory import Directory, Identify, QuorumError, VisibleGrid, by_node
 from strategies.every_update import Holder, needs_every_update
@@ -25,14 +25,20 @@ from strategies.forgetting import Forgetting, needs_of
 from strategies.marking import Marking, ask_leaver
 from strategies.memory import LastRound, Memory
 from strategies.messages import ACCURACY
-from strategies.methods.dropping import after_dropping
-from strategies.methods.interface import Method, Pending, ServerLab, Situation, Unlearned
+from strategies.methods.interface import (
+    Method,
+    Pending,
+    ServerLab,
+    Situation,
+    Unlearned,
+    together,
+)
 from strategies.methods.retraining import plays_as_ever
 from strategies.rate_limit import RateLimit
 from strategies.records import Phase, RoundRecord, UnlearningRecord
 from strategies.recovery import VALIDATION, Recovery, RecoveryWatch
 from strategies.rewriting import Rewriting
-from strategies.roster import Hysteresis, Roster
+from strategies.roster import Hysteresis, Roster, Status
 from strategies.screen import Screen, Screened
 from strategies.shares import Shares
 from strategies.store import MemoryStore, Store
@@ -48,7 +54,15 @@ from unlearning.parameters import Parameters, copied, difference
 from unlearning.plan import Answer, Ask, carry_out
 from unlearning.randomness import derive_seed
 from unlearning.retraining import federated_average
-from unlearning.routing import CERTIFIED, NEED_MAJORITY, Cause, Promise, Request, Route
+from unlearning.routing import (
+    CERTIFIED,
+    NEED_MAJORITY,
+    Cause,
+    Promise,
+    Request,
+    Route,
+    check_whole,
+)
 
 log = logging.getLogger("flwr")
 
@@ -164,6 +178,8 @@ class Unlearning(Strategy):
         self.fresh = copy.deepcopy(strategy)
         """The wrapped strategy as it was at first; not to be used, but copied."""
         self._outgoing: list[Message] = []
+        self._refusals: list[str] = []
+        """What was not forgotten in this round, and why."""
         self._previous: dict[str, torch.Tensor] = {}
         self._holder = Holder()
         self.clients_accuracy: float | None = None
@@ -178,6 +194,7 @@ class Unlearning(Strategy):
     ) -> list[Message]:
         """Let the wrapped strategy choose among the clients that are not excluded."""
         self.record = RoundRecord(server_round, phase=self._phase())
+        self._refusals = []
         self._previous = messages.parameters_from(arrays)
         self._tell_forgettings(config)
         self._settle(grid, config)
@@ -188,6 +205,7 @@ class Unlearning(Strategy):
                 server_round, arrays, config, self._visible(grid)
             )
             self._outgoing = self.shares.tell(list(chosen), server_round)
+        self._outgoing = self.data.reminders.tell(self._outgoing)
         self._outgoing = self.marking.instead(self._outgoing, server_round)
         return self._outgoing
 
@@ -331,31 +349,43 @@ class Unlearning(Strategy):
         return self._route(request)
 
     def _route(self, request: Request, passed: Collection[str] = ()) -> Route:
+        trains = isinstance(self.strategy, FFMU)
+        why = self._uncertifiable
         return self.forgetting.route(
             request,
-            certifies=isinstance(self.strategy, FFMU) and self.strategy.uncertifiable is None,
+            certifies=trains and why is None,
+            uncertified=(trains and why) or "",
             gradients=takes_gradients(self.strategy),
             without=passed,
             number=self.record.number,
-            active=self._active(),
+            active={*self._active(), *set(request.clients).intersection(self.directory.clients())},
             fewest=rounds.fewest_clients(self.strategy),
             remembers=rounds.remembers(self.strategy),
         )
+
+    @property
+    def _uncertifiable(self) -> str | None:
+        """Say why no deletion is certified to change nothing; ``None`` if one may be."""
+        if not isinstance(self.strategy, FFMU):
+            return "the training is none that certifies"
+        if self.detector is not None:
+            return "a detector is on, which may flag others where samples are missing"
+        return self.strategy.uncertifiable
 
     def request(self, request: Request) -> Route:
         """Take up a request, to be served as soon as the rate limit allows.
 
         Clients that are to be forgotten are excluded now, or, where they are to mark rows first,
         as soon as they did (``strategies.marking``). Holders of a class or samples stay; they are
-        asked to drop them at the end of the next round. To be called between rounds.
+        asked to drop them before the next round. To be called between rounds.
 
         Raises
         ------
         RefusedRequestError
-            If it cannot be served as it asks for, or a client is unknown or excluded already;
-            nothing is changed.
+            If it cannot be served as it asks for, or a client is unknown, or excluded already and
+            not to be forgotten exactly now; nothing is changed.
         """
-        self._check_names(request.clients)
+        self._check_names(request)
         found = self.route(request)
         if not request.marks:
             self._take_up(request, found)
@@ -417,11 +447,13 @@ class Unlearning(Strategy):
         return self.roster.may_take_part(client) and client not in self.data.barred
 
     def _settle(self, grid: Grid, config: ConfigRecord) -> None:
-        """See to it that whoever takes part has dropped what is forgotten."""
-        if not self.forgotten_classes:
+        """See to it that whoever takes part has dropped what is, or is to be, forgotten."""
+        if self.data.idle:
             return
         there = sorted(self.directory.refresh(grid).values())
         carrier = self.plan_rounds(grid, config, times=self.forgettings)
+        for entry, error in self.data.drop(self._members(), there, carrier):
+            self._note_refused(entry.method, (entry,), carrier, error)
         self.data.settle(self._members(), there, carrier)
         for client, why in self.data.barred.items():
             log.warning("round %d: %s takes no part: %s", self.record.number, client, why)
@@ -445,15 +477,14 @@ class Unlearning(Strategy):
         ]
         return federated_average(last.number, last.previous, answers)
 
-    def _check_names(self, clients: Sequence[str]) -> None:
-        unknown = sorted(set(clients) - set(self.directory.clients()))
+    def _check_names(self, request: Request) -> None:
+        unknown = sorted(set(request.clients) - set(self.directory.clients()))
         if unknown:
             raise ImpossibleRequestError(f"no client is called {', '.join(unknown)}")
-        excluded = [client for client in clients if not self.roster.may_take_part(client)]
-        if excluded:
-            raise ImpossibleRequestError(
-                f"{', '.join(excluded)} cannot be forgotten again: excluded already"
-            )
+        for client in request.clients:
+            if not self.roster.may_take_part(client):
+                banned = self.roster.entry(client).status is Status.BANNED
+                self.forgetting.check_excluded(client, request, banned=banned)
 
     def unlearn_if_due(
         self,
@@ -473,10 +504,10 @@ class Unlearning(Strategy):
         # One at a time: recovery is measured against the model before the unlearning it follows.
         if self.recovery.current:
             return None
-        for name, due in self.forgetting.due(number):
+        for name, groups in self.forgetting.due(number):
             if not self.record.participants and Need.RETAINED in METHODS[name].needs:
                 continue
-            found = self._unlearn(name, due, model, grid, config, on_ask)
+            found = self._unlearn(name, groups, model, grid, config, on_ask)
             if found is not None:
                 return found
         return None
@@ -484,24 +515,78 @@ class Unlearning(Strategy):
     def _unlearn(
         self,
         name: str,
-        due: tuple[Pending, ...],
+        groups: Sequence[tuple[Pending, ...]],
         model: Parameters,
         grid: Grid,
         config: ConfigRecord,
         on_ask: Callable[[Ask], None],
     ) -> dict[str, torch.Tensor] | None:
-        """Forget those who wait for one method; return the new model, or ``None`` if refused."""
+        """Forget those who wait for one method; return the new model, or ``None`` if refused.
+
+        Of several groups, one plan begins with the model that the one before it made.
+        """
         number = self.record.number
-        method = self.forgetting.methods[name]
         rewriting = Rewriting(self.memory, number, logged=self.shares.on)
-        active, whole = self._active(), Need.BATCH_LOG in METHODS[name].needs
         carrier = self.plan_rounds(grid, config, every=rewriting.wants)
+
+        def ask(question: Ask) -> Sequence[Answer]:
+            on_ask(question)
+            return carrier.ask(question)
+
+        started = time.perf_counter()
+        outcomes: list[Unlearned] = []
+        served: list[Pending] = []
+        told_of: list[Pending] = []
+        for waiting in groups:
+            due, late = self.forgetting.affordable(
+                name, waiting, number, rounds.remembers(self.strategy)
+            )
+            for entry, error in late.items():
+                self._note_refused(name, (entry,), carrier, error)
+            if not due:
+                continue
+            asks = carrier.asks
+            plan = f"unlearning-{number}" + (f"-{len(outcomes)}" if outcomes else "")
+            try:
+                situation = self._situation(
+                    name, due, served, outcomes[-1].model if outcomes else model, carrier, rewriting
+                )
+                steps = self.forgetting.methods[name].plan(situation)
+                outcomes.append(carry_out(steps, ask, self.store.journal(plan)))
+            except (RefusedRequestError, ParametersError) as error:
+                self.store.drop_journal(plan)
+                self._note_refused(name, due, carrier, error, asked=carrier.asks > asks)
+                continue
+            self.store.drop_journal(plan)
+            served += due
+            told_of += situation.pending
+        if not outcomes:
+            return None
+        outcome = together(outcomes)
+        record = self._record_of(name, told_of, carrier)
+        record.seconds = time.perf_counter() - started
+        return self._take_over(record, outcome, served, carrier, rewriting, config)
+
+    def _situation(
+        self,
+        name: str,
+        due: Sequence[Pending],
+        served: Sequence[Pending],
+        model: Parameters,
+        carrier: rounds.PlanRounds,
+        rewriting: Rewriting,
+    ) -> Situation:
+        """Return what a method is told of those who are due; raises where it must not be asked.
+
+        A certificate is of these and those served just before together.
+        """
+        active = self._active()
         situation = Situation(
-            number,
+            self.record.number,
             model,
             self._previous,
             self.memory,
-            tuple(with_newcomers(entry, self._members() if whole else active) for entry in due),
+            tuple(self.data.served(entry, name, active) for entry in due),
             self.record.participants,
             active,
             carrier.aggregate,
@@ -510,54 +595,74 @@ class Unlearning(Strategy):
             type(self.strategy) in averaging.PLAIN_MEANS,
             self.forgetting.lab,
             self.seed or 0,
-            partial(self.data.check, self.strategy) if isinstance(self.strategy, FFMU) else None,
+            partial(self.data.check, self.strategy)
+            if isinstance(self.strategy, FFMU) and self._uncertifiable is None
+            else None,
+            self.data.dropped([*served, *due]),
         )
-        causes = ", ".join(sorted({entry.cause for entry in due}))
-        record = UnlearningRecord(number, method.name, causes, situation.holders)
-        record.targets = tuple(dict.fromkeys(told(entry) for entry in due))
-        record.guarantee = METHODS[method.name].guarantee
-        record.memory_bytes = self.memory.bytes_held(METHODS[method.name].needs)
-        plan = f"unlearning-{number}"
+        if name in NEED_MAJORITY and situation.forgotten:
+            gone = len(situation.forgotten)
+            compared = Need.LAST in METHODS[name].needs
+            honest = situation.retained if compared else situation.active
+            check_majority(gone, len(honest) + gone)
+        there = {*active, *situation.forgotten}
+        check_whole(name, situation.forgotten, self.memory.purged_of(there))
+        return situation
 
-        def ask(question: Ask) -> Sequence[Answer]:
-            on_ask(question)
-            return carrier.ask(question)
+    def _record_of(
+        self, name: str, entries: Sequence[Pending], carrier: rounds.PlanRounds
+    ) -> UnlearningRecord:
+        """Return a record of who is forgotten, or was to be."""
+        causes = ", ".join(sorted({entry.cause for entry in entries}))
+        clients = {client for entry in entries for client in entry.clients}
+        record = UnlearningRecord(self.record.number, name, causes, tuple(sorted(clients)))
+        record.targets = tuple(dict.fromkeys(told(entry) for entry in entries))
+        record.guarantee = METHODS[name].guarantee
+        record.memory_bytes = self.memory.bytes_held(METHODS[name].needs)
+        dropping = sum(entry.dropped.asks for entry in entries if entry.dropped is not None)
+        record.rounds_asked = carrier.asks + dropping
+        record.bytes_sent = carrier.bytes_sent
+        return record
 
-        started = time.perf_counter()
-        try:
-            if name in NEED_MAJORITY and situation.forgotten:
-                gone = len(situation.forgotten)
-                compared = Need.LAST in METHODS[name].needs
-                honest = situation.retained if compared else situation.active
-                check_majority(gone, len(honest) + gone)
-            self.forgetting.check_budget(name, due, number, situation.remembers)
-            steps = after_dropping(situation, method.plan, everybody=whole)
-            outcome = carry_out(steps, ask, self.store.journal(plan))
-        except (RefusedRequestError, ParametersError) as error:
-            self.store.drop_journal(plan)
-            self._note_refused(record, due, carrier, error)
-            return None
-        self.forgetting.done(due, number)
+    def _take_over(
+        self,
+        record: UnlearningRecord,
+        outcome: Unlearned,
+        served: Sequence[Pending],
+        carrier: rounds.PlanRounds,
+        rewriting: Rewriting,
+        config: ConfigRecord,
+    ) -> dict[str, torch.Tensor]:
+        """Note what was forgotten, and return the model without it."""
+        number = self.record.number
+        self.forgetting.done(served, number, counts=not outcome.changes_nothing)
         self.forgettings += 1
-        self.store.drop_journal(plan)
-        if name == CERTIFIED:
-            self.data.certify(situation.dropped)
+        if record.method == CERTIFIED:
+            self.data.certify(served)
         if (
             outcome.exact and outcome.origin is not None
         ):  # what the strategy remembers now is what it would have without them
-            self.strategy, self.data.certified = carrier.strategy, {}
+            self.strategy = carrier.strategy
+            self.data.start_anew()
         self.record.unlearning = record
         self.record.phase = Phase.UNLEARN
-        record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
-        seconds = time.perf_counter() - started
+        leaving = sorted({c for e in served if e.selection is None for c in e.clients})
         if isinstance(self.strategy, FFMU):  # which has rates of its own
             outcome = replace(outcome, schedule=None)
-        self._note_unlearned(record, outcome, seconds, situation.forgotten)
+        self._note_unlearned(record, outcome, leaving)
+        if outcome.exact:
+            self.forgetting.exactly.update(leaving)
         if outcome.schedule is not None:
             record.settings = {**record.settings, **outcome.schedule.settings(config)}
         record.warnings += carrier.unheard
-        self.data.forgot(situation.pending, situation.away)
-        self._note_rounds(method, outcome, carrier, rewriting)
+        if late := sorted(self.data.late(served)):
+            record.warnings.append(
+                f"away: {', '.join(late)} may take part again only once the data are dropped "
+                "there, too"
+            )
+        record.warnings += [f"not forgotten: {text}" for text in self._refusals]
+        self.data.forgot(served, exactly=outcome.exact)
+        self._note_rounds(self.forgetting.methods[record.method], outcome, carrier, rewriting)
         return copied(outcome.model)
 
     def _note_rounds(
@@ -581,20 +686,30 @@ class Unlearning(Strategy):
 
     def _note_refused(
         self,
-        record: UnlearningRecord,
+        name: str,
         due: tuple[Pending, ...],
         carrier: rounds.PlanRounds,
         error: SecateurError,
+        *,
+        asked: bool = False,
     ) -> None:
-        number = record.number
-        known = self.forgetting.stuck and not carrier.asks
+        """Take note that some are not forgotten now, and withdraw what never will be.
+
+        Parameters
+        ----------
+        asked
+            Whether clients were asked for it by the method.
+        """
+        number = self.record.number
+        known = self.forgetting.refused.issuperset(due) and not carrier.asks
+        record = self._record_of(name, due, carrier)
         self.shares.mixed_up(carrier.trained)  # in rounds that do not count
-        self.forgetting.refuse(number, record.method, asked=carrier.asks > 0)
-        self.data.find_others(due, error, self._route, self._active(), number, self._previous)
-        self.forgettings += carrier.asks > 0  # they were told, and must be told anew
         record.refused = str(error)
-        record.rounds_asked, record.bytes_sent = carrier.asks, carrier.bytes_sent
+        self.forgetting.refuse(number, due, asked=asked)
+        self.data.find_others(due, error, self._route, self._active(), number, self._previous)
+        self.forgettings += asked  # they were told, and must be told anew
         if not known:  # said once where it costs nothing to try again in every round to come
+            self._refusals.append(f"{', '.join(record.targets)}: {error}")
             self.record.unlearning = self.record.unlearning or record
             log.warning("round %d: unlearning refused: %s", number, error)
 
@@ -631,7 +746,7 @@ class Unlearning(Strategy):
         times = self.forgettings + 1 if times is None else times
         return rounds.PlanRounds(
             copy.deepcopy(self.fresh),
-            grid,
+            self.data.reminders.on(grid),
             self.directory,
             screen=self.screen or Screen(),
             train_config=ConfigRecord({**config, messages.FORGETTINGS: times}),
@@ -696,13 +811,15 @@ class Unlearning(Strategy):
 
     def void_round(self, number: int, error: QuorumError) -> None:
         """Record a round that could not even begin."""
-        self.record = RoundRecord(number, self._phase())
+        if self.record.number != number:
+            self.record = RoundRecord(number, self._phase())
         self._void(str(error))
 
     def _note_screening(self, screened: Screened) -> None:
         self.record.rejected = dict(screened.rejected)
         self.record.capped = dict(screened.capped)
         self.roster.strike(screened.faults)
+        self.data.doubt(self.data.reminders.doubted(screened.rejected))
         for client, reason in screened.rejected.items():
             log.warning("round %d: %s rejected: %s", self.record.number, client, reason)
 
@@ -784,20 +901,22 @@ class Unlearning(Strategy):
         self,
         record: UnlearningRecord,
         outcome: Unlearned,
-        seconds: float,
         leaving: Sequence[str],
     ) -> None:
         number = record.number
-        record.seconds = seconds
         record.settings = dict(outcome.settings)
         record.progress = dict(outcome.progress)
         record.zeroed = {name: int(mask.sum()) for name, mask in outcome.masks.items()}
         record.sizes = {name: mask.numel() for name, mask in outcome.masks.items()}
         record.warnings = list(outcome.warnings)
         record.percentiles = dict(outcome.percentiles)
+        if outcome.changes_nothing:
+            log.info("round %d: %s forgot %s", number, record.method, ", ".join(record.targets))
+            return
         # What the wrapped strategy remembers (moments, momentum) holds their influence too.
         if not outcome.exact:
-            self.strategy, self.data.certified = copy.deepcopy(self.fresh), {}
+            self.strategy = copy.deepcopy(self.fresh)
+            self.data.start_anew()
         self.strategy_since = number
         forgotten = frozenset(record.clients)
         self.memory.forget(forgotten)

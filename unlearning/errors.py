@@ -6,7 +6,8 @@ SecateurError                   one line: the rule, the value, the remedy
 │   ├── TooFewClientsError      too few would be left for a round
 │   ├── MissingNeedError        a method needs what was not recorded or is not at hand
 │   │   ├── NoLastRoundError    ... a round that was not remembered
-│   │   └── NoBatchLogError     ... batches that were not logged
+│   │   ├── NoBatchLogError     ... batches that were not logged
+│   │   └── NeedsRetainedClientsError  ... help of the clients that stay
 │   ├── UnsafeMethodError       a method trusts clients that must not be trusted
 │   ├── ImpossibleRequestError  no method serves such a request
 │   ├── NoExactMethodError      exact forgetting was asked for, of a method that is not
@@ -42,6 +43,10 @@ class MissingNeedError(RefusedRequestError):
 
 class NoLastRoundError(MissingNeedError):
     """The round that a method needs was not remembered."""
+
+
+class NeedsRetainedClientsError(MissingNeedError):
+    """A method needs that the clients that stay answer, and they will not."""
 
 
 class UnsafeMethodError(RefusedRequestError):

@@ -5,8 +5,8 @@ silently by something weaker. A request with a malicious cause never reaches a m
 target computes or reports anything.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from unlearning.catalogue import DATA, METHODS, RECORDED, Need, Target, missing, with_implied
@@ -15,6 +15,7 @@ from unlearning.errors import (
     BudgetError,
     ImpossibleRequestError,
     MissingNeedError,
+    NeedsRetainedClientsError,
     NoBatchLogError,
     NoExactMethodError,
     NoLastRoundError,
@@ -53,6 +54,8 @@ CERTIFIED = "ffmu"
 """Before all others, for whatever guarantee, where the training certifies the deletion."""
 COOPERATIVE = ("fedup", "negative-gradients", "federaser", "not", "retrain")
 """In the place of (client, privacy) where the client helps to leave."""
+WHOLE = frozenset({Need.HISTORY, Need.SAMPLED_HISTORY, Need.LEDGER})
+"""Needs of which a part is not enough."""
 NEED_MAJORITY = frozenset({"fedup", "random", "drift", "fedrecover", "fast"})
 """Trust that whoever is not to be forgotten is honest, so that most must be."""
 
@@ -153,6 +156,10 @@ class Available:
     present: frozenset[str] | None = None
     classes: int = 0
     gradients: bool = False
+    uncertified: str = ""
+    """Why a training that could certify deletions does not, if so."""
+    purged: Mapping[str, int] = field(default_factory=dict)
+    """Client that may take part, or is concerned -> round up to which what it sent was deleted."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,8 @@ def _candidates(request: Request, available: Available) -> Iterator[str]:
     order: tuple[str, ...] = EXACT
     if request.promise != "exact":
         order = _approximate(request, available)
-    if request.target in METHODS[CERTIFIED].targets and Need.CERTIFICATE in available.needs:
+    certifies = Need.CERTIFICATE in available.needs or bool(available.uncertified)
+    if request.target in METHODS[CERTIFIED].targets and certifies:
         order = (CERTIFIED, *order)
     for name in order:
         chosen = available.default if name == "fedup" and request.cause == "malicious" else name
@@ -335,6 +343,7 @@ def _check(name: str, request: Request, available: Available) -> None:
             "send for gradients"
         )
     _check_needs(name, request, available)
+    check_whole(name, request.clients, available.purged)
     if request.target not in DATA:  # of which nobody leaves
         _check_company(name, request, available)
     if request.most_rounds is not None:
@@ -366,13 +375,48 @@ def _check_needs(name: str, request: Request, available: Available) -> None:
             "batch-log, and FedAvg or FedProx as the strategy, before training"
         )
     if Need.CERTIFICATE in lacking:
+        if available.uncertified:
+            raise NotCertifiedError(
+                f"{name} certifies nothing here: {available.uncertified}; choose another method"
+            )
         raise NotCertifiedError(
             f"{name} needs {Need.CERTIFICATE}, and this one certifies no such deletion; choose "
             "another method, or train with strategy = ffmu and local = full from the start"
         )
     if lacking:
         recorded = "recorded" if set(lacking) & RECORDED else "available"
-        raise MissingNeedError(f"{name} needs {_list(lacking)}, which is not {recorded}")
+        kind = NeedsRetainedClientsError if Need.RETAINED in lacking else MissingNeedError
+        raise kind(f"{name} needs {_list(lacking)}, which is not {recorded}")
+
+
+def check_whole(name: str, concerned: Collection[str], purged: Mapping[str, int]) -> None:
+    """Refuse what rests on a history, or a ledger, that was deleted in part.
+
+    What clients that stay had sent is deleted when data of theirs are forgotten. To subtract a
+    client's influence its own record must be whole; to replay a history everybody's.
+
+    Parameters
+    ----------
+    concerned
+        Who is to be forgotten.
+    purged
+        Client -> round up to which what it sent was deleted.
+
+    Raises
+    ------
+    MissingNeedError
+        If it is not whole.
+    """
+    entry = METHODS[name]
+    if not entry.needs & WHOLE:
+        return
+    broken = sorted(purged if entry.replays else purged.keys() & set(concerned))
+    if broken:
+        newest = max(purged[client] for client in broken)
+        raise MissingNeedError(
+            f"{name} needs the whole record of {_list(broken)}, and what they sent until round "
+            f"{newest} was deleted when data of theirs were forgotten; ask for {EXACT[0]}"
+        )
 
 
 def _check_company(name: str, request: Request, available: Available) -> None:

@@ -1,7 +1,7 @@
 """What a method is told, and what it returns."""
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,20 @@ from unlearning.parameters import Parameters
 from unlearning.plan import Answer, Ask, Plan
 from unlearning.replay import Played
 from unlearning.routing import Cause, Request
+
+
+@dataclass
+class Dropped:
+    """How far the holders of what waits to be forgotten have dropped it."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """Client -> rows that it dropped for good."""
+    concerned: set[str] = field(default_factory=set)
+    """Everybody who holds some of it, or may; also who has not answered, or leaves."""
+    done: bool = False
+    """Whether all have dropped it whom its method cannot do without."""
+    asks: int = 0
+    """Times that they were asked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +55,13 @@ class Pending:
     """As it was asked for, of a class or samples."""
     passed: frozenset[str] = frozenset()
     """Methods that turned out not to serve it."""
+    dropped: Dropped | None = None
+    """Of a class or samples; ``None`` where the clients leave."""
+
+    @property
+    def ready(self) -> bool:
+        """Say whether its method may run: the holders have dropped what is to be forgotten."""
+        return self.dropped is None or self.dropped.done
 
 
 @dataclass(frozen=True)
@@ -133,10 +154,8 @@ class Situation:
     check: Callable[[Mapping[str, int]], ExactCheck] | None = None
     """Client -> rows to be gone; whether the training would have been the same without. ``None``
     where it was no training of which that can be told."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Client -> rows that it dropped for good, filled as holders answer."""
-    away: set[str] = field(default_factory=set)
-    """Holders of a class that could not be heard, filled likewise."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Client -> rows that it dropped for good."""
 
     @property
     def forgotten(self) -> tuple[str, ...]:
@@ -181,6 +200,42 @@ class Unlearned:
     """How far holders got with their step: counts, sums and largest values."""
     schedule: Schedule | None = None
     """How clients train in the rounds of recovery; ``None`` for as ever."""
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Say whether the model is as it was, because it is certified to be as it would be."""
+        return self.exact and self.origin is None
+
+
+LARGEST, MOST = ("farthest", "distance"), "most_"
+"""Numbers of ``Unlearned.progress`` that are the largest of something, others being sums; and what
+names of such begin with."""
+
+
+def together(outcomes: Sequence[Unlearned]) -> Unlearned:
+    """Return what plans that followed one another have come to; there is one at least."""
+    masks: dict[str, torch.Tensor] = {}
+    settings: dict[str, str | float | int] = {}
+    percentiles: dict[str, float] = {}
+    progress: dict[str, float] = {}
+    for one in outcomes:
+        for key, value in one.progress.items():
+            largest = key in LARGEST or key.startswith(MOST)
+            known = progress.get(key, 0)
+            progress[key] = max(known, value) if largest else known + value
+        masks |= {n: masks[n] | mask if n in masks else mask for n, mask in one.masks.items()}
+        settings |= one.settings
+        percentiles |= one.percentiles
+    return replace(
+        outcomes[-1],
+        masks=masks,
+        settings=settings,
+        percentiles=percentiles,
+        progress=progress,
+        rate=max(one.rate for one in outcomes),
+        exact=all(one.exact for one in outcomes),
+        warnings=tuple(dict.fromkeys(text for one in outcomes for text in one.warnings)),
+    )
 
 
 class Method(Protocol):

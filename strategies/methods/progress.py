@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from strategies.actions import Action
+from strategies.methods.interface import MOST
 from unlearning.parameters import Parameters, difference, norm
 from unlearning.plan import Answer
 
@@ -35,7 +36,7 @@ def progress_of(
     }
     for metric in kind.told:
         values = [answer.metrics.get(metric, 0) for answer in answers]
-        found |= {metric: sum(values), f"most_{metric}": max(values)}
+        found |= {metric: sum(values), f"{MOST}{metric}": max(values)}
     if found["holders_moved"]:
         return found, ()
     return found, (

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import TensorDataset
 from client import rows
 from client.app import build_app, honest_job
 from client.holdings import _opened
-from client.keeping import FORGOTTEN, Keeping
+from client.keeping import FORGOTTEN, Keeping, keeping_at
 from client.refusals import refusals
 from client.task.evaluation import state_of
 from client.task.protocol import TaskOptions, load_task
@@ -125,7 +126,7 @@ def test_a_forgotten_class_is_not_evaluated_on_and_nothing_else_changes(tmp_path
 def test_zero_rows_are_an_answer_and_no_fault(tmp_path):
     grid = grid_for(batch=False, **{"client-dir": str(tmp_path)})
     reply = ask(grid, "query.forget", Forget(forget="samples", forget_tokens="0" * 32).config())
-    assert dict(reply.content["metrics"]) == {"rows": 0, "num-examples": 1}
+    assert dict(reply.content["metrics"]) == {"rows": 0, "entries": 0, "num-examples": 1}
 
 
 @both
@@ -429,3 +430,49 @@ def test_logged_clients_are_trained_one_by_one_and_it_is_said(tmp_path, caplog):
     caplog.set_level("INFO", logger="secateur")
     count(train(grid_for(batch=True, **{"client-dir": str(tmp_path), "batch-log": "random"}), 1))
     assert "not trained in batches: a batch log looks at every step" in caplog.text
+
+
+def test_a_dry_question_is_answered_as_the_real_one_and_writes_nothing(tmp_path):
+    grid = grid_for(batch=False, **{"client-dir": str(tmp_path)})
+    before = count(train(grid, 1))
+    dry = ask(grid, "query.forget", Forget(forget="class", forget_class=3, dry=True).config())
+    assert list(tmp_path.iterdir()) == []
+    assert count(train(grid, 2)) == before
+    done = ask(grid, "query.forget", CLASS_3)
+    before, after = dict(dry.content["metrics"]), dict(done.content["metrics"])
+    assert (before.pop("entries"), after.pop("entries")) == (0, 1)
+    assert before == after
+    assert dry.content["metrics"]["rows"] > 0
+    # A damaged list could not be added to.
+    (tmp_path / "0" / FORGOTTEN).write_text("?")
+    assert ask(
+        grid, "query.forget", Forget(forget="class", forget_class=4, dry=True).config()
+    ).has_error()
+    refusing = grid_for(batch=False, **{"client-dir": str(tmp_path), "refuse": "class"})
+    reply = ask(refusing, "query.forget", Forget(forget="class", forget_class=3, dry=True).config())
+    assert messages.is_refusal(reply)
+
+
+@both
+@pytest.mark.parametrize("lost", ["folder", "list"])
+def test_a_list_that_is_shorter_than_the_server_saw_it_stops_training(tmp_path, batch, lost):
+    where = {"client-dir": str(tmp_path)}
+    reply = ask(grid_for(batch=batch, **where), "query.forget", CLASS_3)
+    entries = reply.content["metrics"]["entries"]
+    assert entries == 1
+    grid = grid_for(batch=batch, **where)
+    kept = count(train(grid, 1, entries=entries))
+    if lost == "folder":
+        shutil.rmtree(tmp_path / "0")
+    else:
+        (tmp_path / "0" / FORGOTTEN).unlink()  # no tokens were issued, so it need not be there
+    keeping_at.cache_clear()  # a new process
+    reply = train(grid_for(batch=batch, **where), 2, entries=entries)
+    assert messages.is_refusal(reply)
+    assert f"{messages.SHORTER}: " in reply.error.reason
+    assert "has 0 entries, and had 1; put back the newest copy" in reply.error.reason
+    # Nor does it train without any folder, nor is anything missed once the class is dropped again.
+    assert messages.is_refusal(train(grid_for(batch=batch), 2, entries=entries))
+    again = grid_for(batch=batch, **where)
+    ask(again, "query.forget", CLASS_3)
+    assert count(train(again, 3, entries=entries)) == kept

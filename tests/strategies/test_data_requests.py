@@ -23,7 +23,10 @@ from strategies.recovery import Recovery
 from tests.conftest import scripted_app
 from tests.strategies.small import MODEL, client, federation, learning, play
 from unlearning.catalogue import METHODS, Need, Target
-from unlearning.errors import BudgetError, RefusedRequestError
+from unlearning.errors import (
+    BudgetError,
+    RefusedRequestError,
+)
 from unlearning.parameters import byte_size, trained_names
 from unlearning.routing import Request
 
@@ -44,7 +47,19 @@ class Clients:
         self.held = dict(enumerate(held))
         self.told = []
         self.refuse, self.away = {}, {}
-        app = scripted_app(learning())
+        self.lists = {place: set() for place in range(len(held))}
+
+        def trained(partition, number, model):
+            told = [
+                c.get("entries", 0)
+                for kind, node, c in self.told
+                if (kind, node) == ("train", partition)
+            ]
+            if told and told[-1] > len(self.lists[partition]):
+                raise RuntimeError(messages.SHORTER)
+            return learning()(partition, number, model)
+
+        app = scripted_app(trained)
         for kind in (Ascent, Amnesiac, Ascend, *PLAY):
             self._register(app.train, kind)
         for kind in (Forget, Batches, Question):
@@ -65,12 +80,14 @@ class Clients:
             self.told.append((kind, node, config))
         return self._send(sent, timeout=timeout)
 
-    def of(self, action):
-        """Return who was asked for an action, in order."""
-        return [node for kind, node, _ in self.told if kind == action]
+    def of(self, action, *, dry=False):
+        """Return who was asked for an action, in order; for ``dry`` ones only if that is asked."""
+        return [
+            n for kind, n, config in self.told if (kind, config.get("dry", False)) == (action, dry)
+        ]
 
     def config(self, action):
-        return [config for kind, _, config in self.told if kind == action]
+        return [c for kind, _, c in self.told if kind == action and not c.get("dry")]
 
     def _register(self, decorator, kind):
         @decorator(kind.action.partition(".")[2])
@@ -87,6 +104,10 @@ class Clients:
         rows = self.held.get(partition, 0)
         if kind in (Forget, Batches):
             told = {"first-round": 1} if kind is Batches else {}
+            if kind is Forget:
+                if not config["dry"]:
+                    self.lists[partition].add((config["forget-class"], config["forget-tokens"]))
+                told = {"entries": len(self.lists[partition])}
             return messages.evaluate_reply({"rows": rows, **told}, 1)
         start = messages.parameters_from(message.content.array_records[messages.ARRAYS])
         if kind in PLAY:
@@ -127,9 +148,9 @@ def asked_for(method, *, target=Target.CLASS, holders=(), **more):
                    method=method, **kind, **more)  # fmt: skip
 
 
-def requested(clients, method, *, before=3, after=1, request=None, **more):
+def requested(clients, method, *, before=3, after=1, request=None, others_too=False, **more):
     """Train, ask, and go on; return the federation, the later records and all models."""
-    wrapped = made(method, **more)
+    wrapped = made(None if others_too else method, **more)
     _, models = play(wrapped, clients.grid, before)
     clients.told.clear()
     wrapped.request(request or asked_for(method.name))
@@ -156,10 +177,13 @@ def test_before_every_method_all_holders_drop_and_stay(name, target):
     assert done.targets == (("class 1",) if target is Target.CLASS else ("1 samples",))
     assert records[0].phase is Phase.UNLEARN
     assert not same(models[0], models[1])
-    # Round 4 is trained, then all holders drop, then the method asks.
-    kinds = list(dict.fromkeys((kind, config["server-round"]) for kind, _, config in clients.told))
-    assert kinds[:2] == [("train", 4), ("query.forget", 4)]
+    # All holders drop before round 4 is trained, if all are willing; then the method asks.
+    kinds = list(dict.fromkeys((kind, config["server-round"], config.get("dry"))
+                               for kind, _, config in clients.told))  # fmt: skip
+    assert kinds[:3] == [
+        ("query.forget", 4, True), ("query.forget", 4, False), ("train", 4, None)]  # fmt: skip
     assert clients.of("query.forget") == (list(holders) or list(range(CLIENTS)))
+    assert clients.of("query.forget", dry=True) == clients.of("query.forget")
     for config in clients.config("query.forget"):
         chosen = ("class", 1, "") if target is Target.CLASS else ("samples", -1, TOKEN)
         assert (config["forget"], config["forget-class"], config["forget-tokens"]) == chosen
@@ -172,7 +196,7 @@ def test_before_every_method_all_holders_drop_and_stay(name, target):
     exact = METHODS[name].guarantee == "exact"
     assert records[1].phase is (Phase.TRAIN if exact else Phase.RECOVER)
     assert wrapped.forgettings == 1
-    assert clients.config("query.forget")[0]["forgettings"] == 1
+    assert clients.config("query.forget")[0]["forgettings"] == 0  # nothing is forgotten yet
     assert not wrapped.busy
 
 
@@ -192,7 +216,7 @@ def test_rounds_of_a_step_have_its_message_type_and_the_federations_settings(met
     assert all(method.step.config().items() <= config.items() for config in told)
     assert all("round" not in config and config["forgettings"] == 1 for config in told)
     assert len(clients.of("train")) == len(ALL) * len(records)  # ordinary rounds are as ever
-    assert records[0].unlearning.rounds_asked == 1 + len(rounds)
+    assert records[0].unlearning.rounds_asked == 2 + len(rounds)  # whether, to drop, and these
 
 
 def test_rapid_retraining_costs_the_rounds_that_it_plays():
@@ -266,8 +290,8 @@ def test_a_refusal_withdraws_the_request_and_changes_nothing():
     assert "its owner does not allow it" in told.refused
     assert "client-0001" not in told.refused
     assert all(record.unlearning is None for record in records[1:])
-    assert clients.of("query.forget") == list(range(CLIENTS))  # once
-    assert clients.of("train.ascent") == []
+    assert clients.of("query.forget", dry=True) == list(range(CLIENTS))  # once
+    assert clients.of("query.forget") == clients.of("train.ascent") == []  # nobody has dropped it
     assert wrapped.forgetting.pending == []
     assert not wrapped.forgotten_classes
     assert set(wrapped.roster.statuses().values()) <= {"active"}
@@ -291,11 +315,13 @@ def test_only_what_was_refused_is_withdrawn():
     wrapped.request(asked_for("retrain", target=Target.SAMPLES, holders=(3,)))
     wrapped.request(asked_for("retrain", target=Target.SAMPLES, holders=(1,), most_rounds=9))
     wrapped.request(Request(Target.CLIENT, (client(4),), "privacy", method="retrain"))
-    # Holder 1's request is of the same tokens, so it is withdrawn with the other; the leaver stays.
+    # Holder 1 has not refused, though it was asked for the same tokens.
     records, _ = play(wrapped, clients.grid, 6, played=3, model=models[-1])
-    assert "client-0003" in records[0].unlearning.refused
-    assert records[1].unlearning.refused is None
-    assert records[1].unlearning.clients == (client(4),)
+    done = records[0].unlearning
+    assert (done.refused, done.clients) == (None, (client(1), client(4)))
+    (why,) = [text for text in done.warnings if text.startswith("not forgotten: 1 samples: ")]
+    assert "client-0003" in why
+    assert "its owner does not allow it" in why
     assert wrapped.forgetting.pending == []
 
 
@@ -309,7 +335,8 @@ def test_whom_nobody_can_do_without_is_asked_again_later(name, target):
     wrapped = made(MAKE[name]())
     _, models = play(wrapped, clients.grid, 3)
     clients.told.clear()
-    wrapped.request(asked_for(name, target=target, holders=holders))
+    named = holders if target is Target.SAMPLES else ()
+    wrapped.request(asked_for(name, target=target, holders=named))
     first, later = play(wrapped, clients.grid, 4, played=3, model=models[-1])
     assert "client-0002: error" in first[0].unlearning.refused
     assert len(wrapped.forgetting.pending) == 1
@@ -318,7 +345,11 @@ def test_whom_nobody_can_do_without_is_asked_again_later(name, target):
     clients.away.clear()
     again, _ = play(wrapped, clients.grid, 6, played=4, model=later[-1])
     assert again[0].unlearning.refused is None
-    assert clients.of("query.forget") == 2 * list(holders)
+    # Who has dropped its samples is not asked again.
+    assert clients.of("query.forget") == list(holders)
+    assert clients.of("query.forget", dry=True) == (2 if target is Target.CLASS else 1) * list(
+        holders
+    )
     assert wrapped.forgotten_classes == ({1} if target is Target.CLASS else set())
 
 
@@ -350,10 +381,10 @@ def test_who_is_away_when_a_class_is_forgotten_takes_part_again_once_it_has_drop
     assert done.refused is None
     assert [w for w in done.warnings if w.startswith("away: client-0002")]
     assert wrapped.forgotten_classes == {1}
-    # The method does without it: after the ordinary round 4 nobody asks it for anything but this.
+    # The method does without it, and so do all rounds: nobody asks it for anything but this.
     asked = [kind for kind, node, config in clients.told if node == 2]
-    assert asked == ["train"] + len(records) * ["query.forget"]
-    assert {record.participants for record in records[1:]} == {without(2)}
+    assert asked == len(records) * ["query.forget"]
+    assert {record.participants for record in records} == {without(2)}
     # Until it answers; then all is as before.
     clients.away.clear()
     clients.told.clear()
@@ -369,7 +400,10 @@ def test_whose_batches_are_in_the_model_must_be_there_to_take_them_back(action):
     clients.away[action] = {2}
     wrapped, records, models = requested(clients, MAKE["amnesiac"]())
     refused = records[0].unlearning.refused
-    assert f"{action} needs an answer of everybody asked: client-0002" in refused
+    if action == "query.forget":  # who has not dropped it yet is not even asked for more
+        assert refused == "amnesiac needs every holder, and client-0002 is away"
+    else:
+        assert f"{action} needs an answer of everybody asked: client-0002" in refused
     assert wrapped.forgotten_classes == set()
     assert wrapped.memory.taken_back == ()
     clients.away.clear()
@@ -393,7 +427,7 @@ def test_who_is_barred_must_be_there_to_take_its_batches_back():
     later, models = play(wrapped, clients.grid, played + 1, played=played, model=models[-1])
     assert client(2) not in later[0].participants
     (told,) = [r.unlearning.refused for r in later if r.unlearning is not None]
-    assert "query.forget needs an answer of everybody asked: client-0002" in told
+    assert told == "amnesiac needs every holder, and client-0002 is away"
 
 
 def joining(clients, *late):
@@ -470,7 +504,8 @@ def test_what_nobody_holds_is_withdrawn_and_told():
     clients = Clients(held=(0,) * CLIENTS)
     wrapped, records, _ = requested(clients, ascending(), after=3)
     assert "none of 5 clients holds class 1" in records[0].unlearning.refused
-    assert clients.of("query.forget") == list(range(CLIENTS))
+    assert clients.of("query.forget", dry=True) == list(range(CLIENTS))
+    assert clients.of("query.forget") == []
     assert wrapped.forgetting.pending == []
     assert not wrapped.forgotten_classes
 
@@ -632,9 +667,10 @@ def test_a_step_is_told_the_share_of_the_round_before_it():
     clients = Clients()
     failing(clients, 4, 4)
     requested(clients, MAKE["amnesiac"]())
-    for action in ("query.forget", "train.amnesiac"):
-        expected = weighed(4, 4) | {4: {3: pytest.approx(14 / 60), 4: 0.0}}
-        assert shares(clients, action) == {4: expected}
+    # Before round 4 the last one is the third, which used everybody's update.
+    assert shares(clients, "query.forget") == {4: weighed(3)}
+    expected = weighed(4, 4) | {4: {3: pytest.approx(14 / 60), 4: 0.0}}
+    assert shares(clients, "train.amnesiac") == {4: expected}
 
 
 def test_who_sat_out_is_told_its_share_of_the_round_that_it_entered():

@@ -15,7 +15,6 @@ from strategies.actions import (
     Ascend,
     Ascent,
     Batches,
-    Forget,
     LabelFlip,
     MacForget,
     Noisy,
@@ -26,7 +25,6 @@ from strategies.actions import (
     parted,
 )
 from strategies.methods.catalogue import MAKE
-from strategies.methods.dropping import NothingHeldError, after_dropping
 from strategies.methods.holders import (
     Ball,
     Holders,
@@ -36,7 +34,6 @@ from strategies.methods.holders import (
     macforget,
     named,
 )
-from strategies.methods.interface import Unlearned, done
 from strategies.methods.retraining import ReplayError, Retrain, noisy, rapid, rcad
 from tests.strategies.canned import (
     CLASS,
@@ -497,49 +494,6 @@ def test_pga_needs_the_last_round_of_who_leaves():
         remembered.last = None if not remembered.last.locals_ else remembered.last
         with pytest.raises(NoLastRoundError, match="pga needs the leaving client's model"):
             Ball().freeze(remembered, model(), [client(1)])
-
-
-# ---------------------------------------------------------------- dropping
-def dropped(*counts):
-    return lambda who, question: Answer(who, None, {"rows": counts[int(who[-1])]}, 1)
-
-
-def go_on(situation):
-    return done(Unlearned(model(2.0)))
-
-
-def test_holders_drop_before_a_method_begins():
-    pending = (waiting((0, 2)), waiting((1,), TOKENS), waiting((3,), None))
-    found, asked = run(after_dropping(situation(*pending), go_on), dropped(1, 1, 0, 0))
-    assert value(found.model) == 2
-    first, second = asked
-    assert (first.action, first.to, first.everybody) == (
-        "query.forget", (client(0), client(2)), True)  # fmt: skip
-    assert dict(first.config) == Forget(**CLASS.rows()).config()
-    assert first.arrays is None
-    assert second.to == (client(1),)
-    assert dict(second.config) == Forget(**TOKENS.rows()).config()
-
-
-@pytest.mark.parametrize(
-    ("selection", "words"), [(CLASS, "holds class 1:"), (TOKENS, "holds 2 samples:")]
-)
-def test_what_nobody_holds_cannot_be_forgotten(selection, words):
-    steps = after_dropping(
-        situation(waiting((0, 1), selection)), lambda situation: pytest.fail("went on")
-    )
-    with pytest.raises(NothingHeldError, match=f"none of 2 clients {words}"):
-        run(steps, dropped(0, 0))
-
-
-def test_a_liar_cannot_outweigh_those_who_hold_something():
-    found, _ = run(after_dropping(situation(waiting((0, 1))), go_on), dropped(5, -5))
-    assert value(found.model) == 2
-
-
-def test_nobody_is_asked_for_who_leaves():
-    found, asked = run(after_dropping(situation(waiting((3,), None)), go_on), dropped())
-    assert (value(found.model), asked) == (2, [])
 
 
 # ---------------------------------------------------------------- rounds of other training

@@ -26,6 +26,7 @@ from unlearning.errors import (
     BudgetError,
     ImpossibleRequestError,
     MissingNeedError,
+    NeedsRetainedClientsError,
     NoBatchLogError,
     NoExactMethodError,
     NoLastRoundError,
@@ -309,6 +310,25 @@ def test_every_cell_of_the_table(terms, needs, without, expected, passed):
     assert [name for name, _ in found.passed_over] == passed.split()
 
 
+def test_methods_that_need_those_who_stay_say_so():
+    for target in ("class", "samples", "client"):
+        request = asking(target, guarantee="approximate", retained_cooperate=False)
+        with pytest.raises(NeedsRetainedClientsError, match="retained clients answer, which is"):
+            route(request, having({L, I, K, R}))
+    assert issubclass(NeedsRetainedClientsError, MissingNeedError)
+
+
+def test_training_that_could_certify_and_does_not_is_passed_over_and_told():
+    there = having({I, K, R}, uncertified="a detector is on")
+    found = route(asking("samples"), there)
+    assert found.method == "rollback"
+    why = "ffmu certifies nothing here: a detector is on; choose another method"
+    assert found.passed_over == (("ffmu", why),)
+    with pytest.raises(NotCertifiedError, match="a detector is on; choose another"):
+        route(asking("samples", method="ffmu"), there)
+    assert route(asking("class"), there).passed_over == ()
+
+
 def test_drift_takes_the_place_of_fedup_for_attackers_alone():
     there = {L, H, P, U, R}
     for terms, expected in (
@@ -582,7 +602,7 @@ def test_a_named_method_is_honoured_only_if_its_needs_hold(name, target):
         with pytest.raises(RefusedRequestError) as caught:
             route(request, having(left))
         assert str(caught.value).startswith(f"{name} needs {need}, ")
-        special = {G: NoBatchLogError, F: NotCertifiedError}
+        special = {G: NoBatchLogError, F: NotCertifiedError, R: NeedsRetainedClientsError}
         assert type(caught.value) is special.get(need, MissingNeedError)
         if need not in special:
             there = "recorded" if need in RECORDED else "available"
