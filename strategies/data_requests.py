@@ -285,7 +285,7 @@ class DataRequests:
         if entry.dropped is None or entry.selection is None:
             return entry
         found = entry.dropped.concerned
-        late = ", ".join(sorted(found - entry.dropped.rows.keys()))
+        late = ", ".join(sorted(found & self.late([entry])))
         if Need.BATCH_LOG in METHODS[method].needs:
             if late:  # what they brought into the model would stay in it
                 raise RefusedRequestError(f"{method} needs every holder, and {late} is away")
