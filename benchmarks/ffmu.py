@@ -4,10 +4,8 @@
 interrupted goes on where it was. What is expected, and of which scale, is ``methods`` 3.6.
 """
 
-import json
 import logging
 import math
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -25,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
+from benchmarks import figures
+from benchmarks import seeds as kept
 from benchmarks.engines import ROOT, one_line_errors
 from benchmarks.ffmu_page import Row, means, page, speedups, verdicts
 from client.app import build_app, honest_job
@@ -66,7 +66,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     },
 }
 """What is trained once, on everything; milestones are FedAvg's, FFMU has the same of its own."""
-NUMBERS, PAGE = "ffmu.json", "ffmu.md"
+NAME = "ffmu"
 console = Console(stderr=True)
 
 
@@ -242,38 +242,36 @@ def result(seeds: list[dict[str, Any]], examples: int) -> dict[str, Any]:
     }
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+def drawn(told: Mapping[str, Any]) -> str:
+    """Return the figure."""
+    return figures.ffmu(told, CERTIFIABLE)
 
 
 def main(
     *,
     data_dir: Annotated[str, typer.Option(help="Folder of Fashion-MNIST.")] = "",
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    repetitions: Annotated[int, typer.Option("--seeds", min=1)] = 3,
     examples: Annotated[int, typer.Option(min=CLIENTS * 10)] = EXAMPLES,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the results; docs/results by default.")
-    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = ROOT / "docs/results",
     work: Annotated[
         Path, typer.Option(help="Folder of finished seeds; they are not run again.")
-    ] = ROOT / "runs" / "ffmu",
+    ] = ROOT / "runs" / NAME,
+    redraw: Annotated[bool, typer.Option("--redraw", help=kept.REDRAW)] = False,
 ) -> None:
     """Train with FFMU, FFMU-N and without the removed samples, and write a table."""
-    output = output or ROOT / "docs/results"
     with one_line_errors():
-        finished = []
-        for seed in range(seeds):
+        if redraw:
+            return kept.redraw(output, NAME, drawn)
+        found: list[dict[str, Any]] = []
+        for seed in range(repetitions):
             path = work / f"examples-{examples}-seed-{seed}.json"
-            if not path.exists():
-                write(path, json.dumps(one_seed(seed, data_dir, examples), indent=1))
-            finished.append(json.loads(path.read_text(encoding="utf-8")))
-            told = result(finished, examples)
-            write(output / NUMBERS, json.dumps(told, indent=1) + "\n")
-            write(output / PAGE, page(told))
+
+            def make(seed: int = seed) -> dict[str, Any]:
+                return one_seed(seed, data_dir, examples)
+
+            found.append(kept.finished(path, make))
+            told = result(found, examples)
+            kept.write(output, NAME, told, page(told), drawn(told))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ without the removed samples, with the same budget and learning rates. In per cen
 of an attack that takes samples with a small loss for members (removed samples against test data;
 0.5 is a guess, and Retrain's is what a model has that never saw them).
 
+![Certified steps, and the error on what was removed](ffmu.svg)
+
 | removed | method | test accuracy | error_f | error_r | attack AUC |
 |---|---|---|---|---|---|
 """

@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import seeds, squares
+from benchmarks import figures, seeds, squares
 from benchmarks.engines import ROOT, one_line_errors
 from benchmarks.seeds import mean, told
 from client.central.methods import METHODS
@@ -163,6 +163,7 @@ def page(cells: Mapping[str, list[dict[str, Any]]], timed: Mapping[str, Any]) ->
         "direction. Settings are the commands' defaults, the same for all; channel methods mask "
         "whole channels, of which these networks have 22 (LeNet) and 112 (ConvNet: three times "
         "convolution, normalisation and rectifier).",
+        f"![Accuracy on the removed class and on the others]({NAME}.svg)",
     ]
     for cell, runs in cells.items():
         before = runs[0]["rows"], runs[0]["forgotten"]
@@ -253,6 +254,11 @@ def compared(ours: float, paper: float) -> str:
     return "direction" if (ours < 0.5) == (paper < 0.5) else "not reproduced"
 
 
+def drawn(numbers: Mapping[str, Any]) -> str:
+    """Return the figure."""
+    return figures.masks(numbers["runs"], tuple(PAPER))
+
+
 def main(
     *,
     data_dir: Annotated[str, typer.Option(help="Folder of MNIST and Fashion-MNIST.")] = "",
@@ -263,9 +269,12 @@ def main(
     work: Annotated[
         Path, typer.Option(help="Folder of finished seeds; they are not run again.")
     ] = ROOT / "runs" / NAME,
+    redraw: Annotated[bool, typer.Option("--redraw", help=seeds.REDRAW)] = False,
 ) -> None:
     """Compare masks and write a page."""
     with one_line_errors():
+        if redraw:
+            return seeds.redraw(output, NAME, drawn)
         torch.set_num_threads(1)
         times = seeds.finished(
             work / "statistics.json", lambda: squares.measured(Training.model_validate(TRAINING))
@@ -293,7 +302,7 @@ def main(
                     "rows": rows(ordered), "verdicts": verdicts, "statistics": timed,
                     "runs": ordered,
                 }  # fmt: skip
-                seeds.write(output, NAME, numbers, page(ordered, timed))
+                seeds.write(output, NAME, numbers, page(ordered, timed), drawn(numbers))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import seeds
+from benchmarks import figures, seeds
 from benchmarks.engines import ROOT, one_line_errors
 from benchmarks.seeds import mean, told
 from client.central.methods import METHODS
@@ -151,6 +151,7 @@ def page(cells: Cells) -> str:
         "methods keep, or touch, 20 % of the entries at one end of the network and 80 % at the "
         "other. All settings are the defaults, the same for every data set and network. The "
         "paper's numbers are for MNIST.",
+        f"![Accuracy on the forgotten class and on the others]({NAME}.svg)",
     ]
     for (data, model), runs in cells.items():
         parts += [
@@ -212,6 +213,11 @@ def rows(cells: Cells) -> list[dict[str, Any]]:
     return found
 
 
+def drawn(numbers: Mapping[str, Any]) -> str:
+    """Return the figure."""
+    return figures.partial(numbers["runs"], tuple(PAIRS))
+
+
 def main(
     *,
     data_dir: Annotated[str, typer.Option(help="Folder of MNIST and Fashion-MNIST.")] = "",
@@ -222,9 +228,12 @@ def main(
     work: Annotated[
         Path, typer.Option(help="Folder of finished seeds; they are not run again.")
     ] = ROOT / "runs" / NAME,
+    redraw: Annotated[bool, typer.Option("--redraw", help=seeds.REDRAW)] = False,
 ) -> None:
     """Compare partial with whole updates and write a page."""
     with one_line_errors():
+        if redraw:
+            return seeds.redraw(output, NAME, drawn)
         torch.set_num_threads(1)
         cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
         order = [(data, model) for data in DATA for model in MODELS]
@@ -252,7 +261,7 @@ def main(
                 }
                 runs = {", ".join(cell): made for cell, made in found.items()}
                 numbers = {"rows": rows(found), "verdicts": verdicts, "runs": runs}
-                seeds.write(output, NAME, numbers, page(found))
+                seeds.write(output, NAME, numbers, page(found), drawn(numbers))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ from typing import Any
 
 from benchmarks.engines import machine
 
+REDRAW = "Only draw the figure again, from the numbers that are kept; nothing is trained."
+
 
 def finished(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return what a file holds; if it is not there, make it."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {**make(), "machine": machine()}
-        staged = path.with_suffix(".part")
-        staged.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        os.replace(staged, path)
+        _replace(path, json.dumps(found, indent=1) + "\n")
     read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return read
 
@@ -69,10 +69,21 @@ def line(
     }  # fmt: skip
 
 
-def write(folder: Path, name: str, numbers: Mapping[str, Any], page: str) -> None:
-    """Write numbers and page, each whole or not at all."""
+def write(folder: Path, name: str, numbers: Mapping[str, Any], page: str, figure: str) -> None:
+    """Write numbers, page and figure, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(numbers, indent=1) + "\n"), (".md", page)):
-        staged = folder / f".{name}{suffix}.part"
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, folder / f"{name}{suffix}")
+    kept = json.dumps(numbers, indent=1) + "\n"
+    for suffix, text in ((".json", kept), (".md", page), (".svg", figure)):
+        _replace(folder / f"{name}{suffix}", text)
+
+
+def redraw(folder: Path, name: str, draw: Callable[[Any], str]) -> None:
+    """Draw the figure again, from the numbers that were written."""
+    numbers = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    _replace(folder / f"{name}.svg", draw(numbers))
+
+
+def _replace(path: Path, text: str) -> None:
+    staged = path.with_name(f".{path.name}.part")
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, path)

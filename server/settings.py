@@ -52,6 +52,10 @@ class Settings(TaskOptions, LocalTraining):
     """Of FFMU: the mean along local training, or one of all data, which can be certified."""
     gradient_clip: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Of FFMU with local-gradient full: bound on entries of a sample's gradient; 0 for none."""
+    lipschitz: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Of FFMU's paper certificate: L of a sample's gradient in its input; 0 to estimate it."""
+    certify_samples: int = Field(1, ge=1)
+    """Of FFMU's certificates: samples in the request that they are about."""
     gradient_weights: Literal["uniform", "samples"] = "uniform"
     """Of FFMU: whether clients count the same, which can be certified, or by their samples."""
     min_clients: int = Field(2, ge=1)

@@ -17,7 +17,7 @@ from client.task.evaluation import state_of
 from client.task.protocol import Task, load_task
 from server.federation import TEST, build_federation, initial_model
 from simulation.attacks.client import AttackedJobs, load_poisoned
-from simulation.certify import ffmu_statements
+from simulation.certify import ffmu_statements, speed
 from simulation.probes import RETAINED, Probes, build_probes
 from simulation.requests import request_of, rows_of
 from simulation.scenario import Scenario
@@ -204,11 +204,12 @@ class Experiment:
         self.outcome.points["final"] = Point(last.number, final, dict(last.measures))
         self.outcome.roster = federation.roster.statuses()
         if isinstance(federation.strategy, FFMU):
-            self.outcome.ffmu = ffmu_statements(
-                federation.strategy, task, model, final, settings.seed
-            )
+            self.outcome.ffmu = ffmu_statements(federation.strategy, task, model, final, settings)
         if "after" in self.outcome.points:
             self._compare(federation, grid, probes, start)
+        if self.outcome.ffmu is not None:
+            trained, again = self.outcome.rounds, self.outcome.retrain_rounds
+            self.outcome.ffmu |= speed(trained, again, settings.rounds)
 
     def _forget_set(self, partitions: Sequence[int]) -> dict[str, Any]:
         """Return what ``build_probes`` is to know of what is, or should be, forgotten."""

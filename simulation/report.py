@@ -78,9 +78,12 @@ def without_times(report: Mapping[str, Any]) -> dict[str, Any]:
     return _drop_seconds(kept)  # type: ignore[no-any-return]
 
 
+TIMES = ("seconds", "speedup_vs_retrain")
+
+
 def _drop_seconds(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {k: _drop_seconds(v) for k, v in value.items() if k != "seconds"}
+        return {k: _drop_seconds(v) for k, v in value.items() if k not in TIMES}
     return [_drop_seconds(item) for item in value] if isinstance(value, list) else value
 
 

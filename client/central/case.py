@@ -87,6 +87,15 @@ class Case:
         return inputs, targets
 
     @property
+    def in_order(self) -> Rows:
+        """Return all training rows in the order of their numbers."""
+        gone = set(self.rows)
+        staying = (number for number in range(self.all_rows) if number not in gone)
+        places = torch.tensor([*self.rows, *staying], dtype=torch.long).argsort()
+        inputs, targets = self.everything
+        return inputs[places], targets[places]
+
+    @property
     def all_rows(self) -> int:
         """Return the number of training rows."""
         return len(self.holding.forget[0]) + len(self.holding.remain[0])
@@ -172,7 +181,7 @@ class Graded:
         ``test`` is over all test rows, ``retained`` over those of classes that stay, ``worst`` the
         lowest of such a class; ``forget_train`` and ``forget_test`` over rows to forget.
         """
-        outputs = self._predicted(models, self.test[0])
+        outputs = self.predicted(models, self.test[0])
         found: dict[str, Any] = {
             "test": accuracy_of(self.case.task.metrics(outputs, self.test[1])),
             "retained": None, "worst": None, "worst_class": None,
@@ -199,7 +208,8 @@ class Graded:
         }
 
     @torch.no_grad()
-    def _predicted(self, models: Models, inputs: Tensor) -> Tensor:
+    def predicted(self, models: Models, inputs: Tensor) -> Tensor:
+        """Return outputs of a model; of several, the logarithm of their mean probabilities."""
         outputs = [self.case.holding.forward(model, inputs) for model in models]
         if len(outputs) == 1:
             return outputs[0]
@@ -211,7 +221,7 @@ class Graded:
         inputs, targets = self.case.holding.forget
         if not len(inputs):
             return None
-        return accuracy_of(self.case.task.metrics(self._predicted(models, inputs), targets))
+        return accuracy_of(self.case.task.metrics(self.predicted(models, inputs), targets))
 
 
 def graded(case: Case, data: Split) -> Graded:

@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from unlearning.amnesiac import LoggedUpdate, halved, update_of
-from unlearning.parameters import Parameters, byte_size
+from unlearning.parameters import Parameters, byte_size, top_count
 from unlearning.partial_updates import Dropping, kept_entries, kept_globally, partial
 from unlearning.randomness import generator
 
@@ -73,8 +72,18 @@ def pruned(
         yield LoggedUpdate(entry.when, entry.samples, partial(wide, kept), entry.share)
 
 
-def kept_bytes(log: Log, shares: Mapping[str, float]) -> int:
-    """Return the bytes that a log with these shares dropped would take, in half precision."""
+def kept_bytes(log: Log, shares: Mapping[str, float], dropping: Dropping | str) -> int:
+    """Return the bytes that a log with these shares dropped would take, as ``pruned`` has them.
+
+    Values are in half precision. What is dropped at random follows from a seed; of what is kept by
+    magnitude the places are stored too, as one bit an entry (``client.batch_files``).
+    """
     sizes = {name: tensor.numel() for e in log.entries[:1] for name, tensor in e.update.items()}
-    one = sum(size - torch.tensor(shares[name] * size).ceil() for name, size in sizes.items())
-    return int(2 * one * len(log.entries))
+    if dropping == "global":
+        dropped = sum(shares[name] * size for name, size in sizes.items())
+        whole = sum(sizes.values())
+        kept = whole - top_count(whole, dropped / max(1, whole))
+    else:
+        kept = sum(size - top_count(size, shares[name]) for name, size in sizes.items())
+    places = 0 if dropping == "random" else sum(-(-size // 8) for size in sizes.values())
+    return (2 * kept + places) * len(log.entries)

@@ -82,7 +82,7 @@ def taken_back(settings: Whole, case: Case) -> Made:
     if isinstance(settings, PartialLog):
         shares = shares_by_depth(case.model, settings.first, settings.last)
         entries = list(pruned(entries, shares, settings.dropping, case.training.seed))
-        nbytes = kept_bytes(case.log, shares)
+        nbytes = kept_bytes(case.log, shares, settings.dropping)
     stop = None
     if settings.stop == "target" and len(case.holding.forget[0]):
         classes = classes_of(case.model, case.holding)

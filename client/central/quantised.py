@@ -1,36 +1,58 @@
-"""PCMU: train by quantised gradients, and ask whether a deletion would have changed a step."""
+"""PCMU: train by quantised gradients, and ask whether a deletion would have changed a step.
+
+It is FFMU with one device (``methods`` 3.3): the device's rounds and the server's steps are those
+of a federation with one client, bit for bit.
+"""
 
 import time
+from dataclasses import replace
 from typing import Literal
 
-import torch
 from pydantic import Field
+from torch.utils.data import TensorDataset
 
 from client.central.case import Case, Made
+from client.forgetting import ffmu as device
 from client.forgetting.holding import classes_of
+from client.train import Job
+from strategies.actions import CANCELLED, LARGEST, Ffmu
 from strategies.methods.settings import Keys
-from unlearning import certificates, ffmu, pcmu
+from unlearning import certificates, ffmu, margins, pcmu
 from unlearning.errors import NotCertifiedError
-from unlearning.gradients import chunked_gradient, gradient, per_sample_gradients
-from unlearning.parameters import Parameters
-from unlearning.randomness import generator
+from unlearning.parameters import Parameters, trained_names
 
-CHUNK = 64
 REMEDY = "set uncertified=true to measure the model as it is"
 
 
 class Pcmu(Keys):
     """PCMU, which is FFMU with one device (``methods`` 3)."""
 
-    rounds: int = Field(20, ge=1)
+    rounds: int = Field(60, ge=1)
     local: Literal["path", "full"] = "path"
-    """A step for every batch; or one a round on all rows, as the certificate wants."""
+    """The mean gradient along local training; or one gradient of all rows, as the certificate
+    wants."""
+    local_epochs: int = Field(2, ge=1)
+    """Of ``path``: passes over the rows in a round."""
     sigma: float = Field(pcmu.SIGMA, gt=0)
     lam_factor: float = Field(pcmu.LAM_FACTOR, ge=0)
-    alpha: float = Field(pcmu.ALPHA, gt=0)
+    alpha_local: float = Field(pcmu.ALPHA, gt=0)
+    alpha_server: float = Field(ffmu.ALPHA_SERVER, gt=0)
+    clip: float = Field(0.0, ge=0)
+    """Of ``full``: bound on every entry of a row's gradient; 0 for none."""
     rate: float = Field(ffmu.LEARNING_RATE, gt=0)
     uncertified: bool = False
     """Whether to measure the model although nothing shows that the rows are forgotten."""
+
+    @property
+    def action(self) -> Ffmu:
+        """Return what a client would be told."""
+        told = self.model_dump(include={"sigma", "lam_factor", "alpha_local", "local", "clip"})
+        return Ffmu(**told)
+
+    @property
+    def quantiser(self) -> pcmu.Quantiser:
+        """Return the server's quantiser."""
+        return replace(self.action.quantiser, alpha=self.alpha_server)
 
 
 def prompt(settings: Pcmu, case: Case) -> Made:
@@ -39,33 +61,25 @@ def prompt(settings: Pcmu, case: Case) -> Made:
     Raises
     ------
     NotCertifiedError
-        If that is not shown, unless the settings ask for its measures all the same.
+        If that is not shown, unless the settings ask for its measures all the same; or if all
+        rows are to go.
+    ParametersError
+        If none is to go.
     """
     classes_of(case.model, case.holding)
-    quantiser = pcmu.Quantiser(
-        sigma=settings.sigma, lam_factor=settings.lam_factor, alpha=settings.alpha
-    )
-    full = settings.local == "full"
-    model: Parameters = case.start
+    asked = margins.load([(len(case.rows), case.all_rows)])
     if not settings.uncertified:  # told before training
-        _check_certifiable(model, quantiser, settings)
+        _check_certifiable(case.start, settings)
     started = time.perf_counter()
-    check = certificates.ExactCheck()
-    for number in range(1, settings.rounds + 1):
-        rate = ffmu.learning_rate(number, settings.rounds, settings.rate)
-        if full:
-            slope, masks = _looked_at(model, case, quantiser)
-            model = pcmu.step(model, slope, rate, quantiser)
-            check = check.after(masks)
-        else:
-            model = _along(model, case, rate, quantiser, number)
-        case.tell("training in quantised steps", number / settings.rounds)
-    trained = time.perf_counter()
-    told = pcmu.dead_zone(quantiser)
-    warnings = () if told is None else (told,)
+    model, found = trained(settings, case)
+    took = time.perf_counter() - started
+    started = time.perf_counter()
+    check = found.check(asked)
+    warning = pcmu.dead_zone(settings.quantiser)
+    warnings = () if warning is None else (warning,)
     guarantee = "exact"
     try:
-        _check_certifiable(model, quantiser, settings)
+        _check_certifiable(model, settings)
         model = certificates.answer(model, check, settings.rounds)
     except NotCertifiedError as refusal:
         if not settings.uncertified:
@@ -77,45 +91,39 @@ def prompt(settings: Pcmu, case: Case) -> Made:
         {"rounds": settings.rounds, "certified_share": check.share},
         warnings,
         guarantee,
-        seconds=time.perf_counter() - trained,
-        training_seconds=trained - started,
+        seconds=time.perf_counter() - started,
+        training_seconds=took,
     )
 
 
-def _check_certifiable(model: Parameters, quantiser: pcmu.Quantiser, settings: Pcmu) -> None:
+def trained(settings: Pcmu, case: Case) -> tuple[Parameters, margins.Margins]:
+    """Return the model after all rounds, and how far its steps were from others.
+
+    Of ``path`` there are no margins: gradients on the way are not those of one model.
+    """
+    told = case.training.model_copy(update={"local_epochs": settings.local_epochs})
+    rows, quantiser = TensorDataset(*case.in_order), settings.quantiser
+    model, found = case.start, margins.Margins()
+    for number in range(1, settings.rounds + 1):
+        rate = ffmu.learning_rate(number, settings.rounds, settings.rate)
+        job = Job(case.task, rows, told, (number, 0), case.holding.device)
+        asked = settings.action.model_copy(update={"ffmu_rate": rate})
+        sent, metrics = device.do(job, model, asked)
+        slope = ffmu.as_gradient(model, sent)
+        if settings.local == "full":
+            one = certificates.Device(
+                gradient=slope, samples=case.all_rows, largest=metrics[LARGEST]
+            )
+            cancelled = bool(metrics[CANCELLED])
+            found = found.after(margins.reach(model, [one], quantiser, cancelled=cancelled))
+        buffers = {name: sent[name] for name in set(sent) - set(trained_names(sent))}
+        model = ffmu.server_step(model, [slope], rate, quantiser) | buffers
+        case.tell("training in quantised steps", number / settings.rounds)
+    return model, found
+
+
+def _check_certifiable(model: Parameters, settings: Pcmu) -> None:
     try:
-        certificates.check_certifiable(model, quantiser, full=settings.local == "full")
+        certificates.check_certifiable(model, settings.quantiser, full=settings.local == "full")
     except NotCertifiedError as refusal:
         raise NotCertifiedError(f"{refusal}; set local=full, or {REMEDY}") from refusal
-
-
-def _along(
-    model: Parameters, case: Case, rate: float, quantiser: pcmu.Quantiser, number: int
-) -> Parameters:
-    holding = case.holding
-    inputs, targets = case.everything
-    draw = generator(case.training.seed, "pcmu", number)
-    for rows in torch.split(torch.randperm(len(inputs), generator=draw), case.training.batch_size):
-        slope = gradient(model, holding.forward, holding.loss, inputs[rows], targets[rows])
-        model = pcmu.step(model, slope, rate, quantiser)
-    return model
-
-
-def _looked_at(
-    model: Parameters, case: Case, quantiser: pcmu.Quantiser
-) -> tuple[Parameters, Parameters]:
-    """Return the gradient of all rows, and where its step is the same without some."""
-    holding = case.holding
-    inputs, targets = case.everything
-    slope = chunked_gradient(model, holding.forward, holding.loss, inputs, targets)
-    largest = {name: torch.zeros_like(tensor) for name, tensor in slope.items()}
-    for rows in torch.split(torch.arange(len(inputs)), CHUNK):
-        singles = per_sample_gradients(
-            model, holding.forward, holding.loss, inputs[rows], targets[rows]
-        )
-        for name, tensor in singles.items():
-            largest[name] = torch.maximum(largest[name], tensor.abs().amax(dim=0))
-    device = certificates.Device(
-        gradient=slope, samples=len(inputs), removed=len(case.rows), largest=largest
-    )
-    return slope, certificates.certified([device], quantiser)

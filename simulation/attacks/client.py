@@ -1,4 +1,7 @@
-"""Malicious clients: the ordinary client with poisoned data and, if asked for, a boosted update."""
+"""Malicious clients: the ordinary client with poisoned data and, if asked for, a boosted update.
+
+They too leave out what they were asked to forget: a scenario can mix requests and attacks.
+"""
 
 import functools
 from dataclasses import dataclass, field, replace
@@ -8,12 +11,16 @@ from torch.utils.data import TensorDataset
 
 from client.app import honest_job
 from client.contexts import partition_of, round_of
+from client.keeping import Keeping, keeping_of, own_options
+from client.rows import subset
 from client.task.evaluation import gather
 from client.task.protocol import (
+    Examples,
     Task,
     TaskOptions,
     load_task,
     server_data,
+    size_of,
 )
 from client.train import Job
 from simulation.attacks.poison import CORNERS, AttackError, Poisoned, backdoor, boost, label_flip
@@ -34,10 +41,40 @@ class PoisonedData:
     _made: dict[tuple[int, int], tuple[Poisoned, TensorDataset]] = field(
         default_factory=dict, init=False, compare=False
     )
+    _left: dict[tuple[int, int], tuple[Examples, Examples]] = field(
+        default_factory=dict, init=False, compare=False
+    )
+    """Partition -> what an honest client would train on now, and the attacker's twin of it."""
 
     def examples(self, partition: int, partitions: int) -> TensorDataset:
         """Return one attacker's training data, the same object every time."""
         return self._both(partition, partitions)[1]
+
+    def allowed(
+        self, partition: int, partitions: int, honest: Examples, keeping: Keeping | None
+    ) -> Examples:
+        """Return one attacker's training data without the rows that it forgot, by their places.
+
+        Forgotten is what the owner of the data knows as a row, not what poisoning makes of it.
+
+        Parameters
+        ----------
+        honest
+            What the honest client would train on. As long as it is the same object, so is the
+            result.
+        keeping
+            What the client keeps, and knows what it forgot by; without, it forgot nothing.
+        """
+        whole = self.examples(partition, partitions)
+        own = self.task.client_data(partition, partitions).train
+        if keeping is None or honest is own:
+            return whole
+        known = self._left.get((partition, partitions))
+        if known is None or known[0] is not honest:
+            places = keeping.allowed(own)
+            left = whole if len(places) == size_of(own) else subset(whole, places)
+            known = self._left[partition, partitions] = honest, left
+        return known[1]
 
     def poisoned(self, partition: int, partitions: int) -> Poisoned:
         """Return one attacker's training data, and which of them are poisoned."""
@@ -111,7 +148,9 @@ class AttackedJobs:
         if not self.attack.active(self.attackers.index(partition), round_of(message)):
             return job
         poisoned = load_poisoned(options, self.attack, self.attackers)
-        return replace(job, examples=poisoned.examples(partition, partitions), finish=self._boosted)
+        keeping = keeping_of(own_options(options, context), context)
+        examples = poisoned.allowed(partition, partitions, job.examples, keeping)
+        return replace(job, examples=examples, finish=self._boosted)
 
     def _boosted(self, start: Parameters, model: Parameters) -> Parameters:
         return boost(model, start, self.attack.boost)

@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from client.keeping import Keeping
 from client.task.protocol import TaskOptions
 from simulation.attacks.client import load_poisoned
 from simulation.attacks.poison import AttackError, backdoor, boost, label_flip, stamp
 from simulation.attacks.settings import Attack
+from strategies.actions import Selection
 
 
 def draw(seed=0):
@@ -125,3 +127,39 @@ def test_colluders_share_trigger_and_target_and_others_do_not():
 
     assert targets(True) == ([0, 0, 0], [True, True, True])
     assert targets(False) == ([0, 1, 2], [True, False, False])
+
+
+# ---------------------------------------------------------------- requests to attackers
+def test_attackers_leave_out_the_rows_that_they_forgot_whatever_poisoning_calls_them(tmp_path):
+    """Half of each class 3 and 5 is labelled as the other: rows go by the owner's labels."""
+    attack = Attack(kind="label-flip", share=0.1, pairs=((3, 5),))
+    data, keeping = load_poisoned(TaskOptions(), attack, (2,)), Keeping(tmp_path)
+    own = data.task.client_data(2, 10).train
+    whole = data.examples(2, 10)
+
+    def now():
+        return data.allowed(2, 10, keeping.without_forgotten(own), keeping)
+
+    assert now() is whole
+    assert data.allowed(2, 10, own, None) is whole
+    keeping.forget(Selection(forget="class", forget_class=3), own, 1)
+    stays = own.tensors[1] != 3
+    flipped = whole.tensors[1] == 3
+    assert (stays & flipped).any()  # fives that are called threes stay
+    left = now()
+    for found, poisoned in zip(left.tensors, whole.tensors, strict=True):
+        assert torch.equal(found, poisoned[stays])
+    assert now() is left  # engines that train clients together look at the identity
+    assert data.examples(2, 10) is whole
+
+
+def test_attackers_forget_again_when_more_is_forgotten(tmp_path):
+    attack = Attack(kind="backdoor", share=0.5)
+    data, keeping = load_poisoned(TaskOptions(), attack, (4,)), Keeping(tmp_path)
+    own = data.task.client_data(4, 10).train
+    for label in (1, 2):
+        keeping.forget(Selection(forget="class", forget_class=label), own, label)
+        honest = keeping.without_forgotten(own)
+        left = data.allowed(4, 10, honest, keeping)
+        stays = ~torch.isin(own.tensors[1], torch.tensor(range(1, label + 1)))
+        assert torch.equal(left.tensors[0], data.examples(4, 10).tensors[0][stays])

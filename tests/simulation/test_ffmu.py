@@ -6,11 +6,13 @@ import pytest
 
 from server.federation import build_strategy
 from server.settings import SettingsError, parse_overrides, read_settings
+from simulation.certify import speed
 from simulation.engines.inprocess import InProcessGrid
-from simulation.experiment import Experiment, client_app
-from simulation.report import report_of
-from simulation.scenario import load_scenario
+from simulation.experiment import Experiment, client_app, with_folder
+from simulation.report import report_of, without_times
+from simulation.scenario import load_scenario, parse_scenario
 from strategies.ffmu import FFMU
+from strategies.records import Phase, RoundRecord
 from unlearning import ffmu, pcmu
 from unlearning.certificates import CLOSENESS, EXACT, PAPER
 
@@ -60,6 +62,46 @@ def test_the_three_statements_bear_their_own_labels(full):
 def test_the_speed_is_not_claimed_where_it_was_not_measured(full):
     assert full["ffmu"]["speedup_vs_retrain"] is None
     assert "5 to 6 times" in full["ffmu"]["speedup_note"]
+
+
+def test_the_paper_certificate_takes_the_users_constant_and_request(full):
+    """B' = floor(N - 36 d L^2 / (T dPhi^2)): what it takes grows with the square of L."""
+    told = run("gradient-clip=0.01", "lipschitz=1e-9", "certify-samples=3")["ffmu"]
+    samples = 270  # of 300 examples; next to nothing is taken: all but one may go
+    assert told["paper"]["budget"][1] == samples - 1
+    assert (told["paper"]["lipschitz"], told["paper"]["estimated"]) == (1e-9, False)
+    assert "estimated" not in told["paper"]["statement"]
+    assert told["paper"]["removed"] == told["exact"]["removed"] == 3
+    assert told["exact"]["share"] < full["ffmu"]["exact"]["share"]
+    loose = run("gradient-clip=0.01", "lipschitz=1e9")["ffmu"]["paper"]
+    assert loose["budget"] == [0, 0]
+    assert loose["share"] == 0
+    every = run("rounds=1", "certify-samples=27")["ffmu"]["exact"]  # all of a client's
+    assert every["share"] is None
+    assert "cannot lose all" in every["statement"]
+
+
+def test_the_speed_is_what_was_trained_twice_over_what_was_trained_once():
+    def rounds(phase, *seconds):
+        return [RoundRecord(n, phase, seconds=s) for n, s in enumerate(seconds)]
+
+    trained = [*rounds(Phase.TRAIN, 100, 2, 4), *rounds(Phase.UNLEARN, 50)]
+    told = speed(trained, rounds(Phase.RETRAIN, 6, 6, 6), rounds=4)
+    assert told["speedup_vs_retrain"] == (4 * 3 + 18) / (4 * 3)  # round 0 trains nothing
+    assert "only if the request is certified" in told["speedup_note"]
+    assert speed(trained, [], rounds=4)["speedup_vs_retrain"] is None
+
+
+def test_the_retrain_baseline_gives_a_speed():
+    asked = {"round": 1, "target": "class", "label": 3, "guarantee": "approximate"}
+    raw = {"name": "mine", "summary": "mine", "extends": "ffmu", "requests": [asked]}
+    scenario = parse_scenario(raw, parse_overrides([*SMALL, "rounds=3", "recovery-cap=1"]))
+    with with_folder(scenario) as ready:
+        experiment = Experiment(ready)
+        experiment.play(InProcessGrid(client_app(ready), 10))
+    report = report_of(experiment.outcome, "inprocess")
+    assert report["ffmu"]["speedup_vs_retrain"] > 1
+    assert "speedup_vs_retrain" not in without_times(report)["ffmu"]
 
 
 def test_without_full_gradients_nothing_is_certified():

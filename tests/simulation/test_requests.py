@@ -12,8 +12,9 @@ from client.task.evaluation import gather, predict
 from client.task.protocol import load_task, server_data, size_of
 from server.federation import initial_model
 from server.settings import parse_overrides
+from simulation.attacks.client import AttackedJobs
 from simulation.commands import grid_of
-from simulation.experiment import Experiment, with_folder
+from simulation.experiment import Experiment, attackers, with_folder
 from simulation.page import render
 from simulation.probes import build_probes
 from simulation.report import report_of, without_times
@@ -261,6 +262,34 @@ def test_what_was_forgotten_is_not_trained_on_by_a_later_run(monkeypatch, tmp_pa
         gone |= {hashes[row] for row in lost} if partition == 1 else set()
         assert first[partition] == set(hashes)  # the first run did train on them
         assert later[partition] == set(hashes) - gone
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_attackers_too_train_without_what_was_forgotten(monkeypatch, batch):
+    """Of the class, by its owner's labels, nothing is in any round after the request."""
+    attack = {"kind": "label-flip", "share": 0.2, "pairs": [[3, 5]]}
+    clients = {"total": 5, "malicious": 1}
+    scenario = scenario_of(EARLY, attack=attack, clients=clients)
+    (partition,) = attackers(scenario)
+    seen = []
+    made = AttackedJobs.__call__
+
+    def watched(self, message, context, options):
+        job = made(self, message, context, options)
+        if int(context.node_config["partition-id"]) == partition:
+            seen.append((job.purpose[0], job.examples))
+        return job
+
+    monkeypatch.setattr(AttackedJobs, "__call__", watched)
+    with with_folder(scenario) as ready:
+        Experiment(ready).play(grid_of(ready, batch=batch))
+    own = load_task(scenario.settings.task_options()).client_data(partition, 5).train
+    labels = own.tensors[1]
+    sizes = {number: size_of(examples) for number, examples in seen}
+    assert sizes[2] == len(labels)
+    assert sizes[max(sizes)] == int((labels != 3).sum()) < len(labels)
+    after = [examples for number, examples in seen if size_of(examples) < len(labels)]
+    assert all(examples is after[0] for examples in after)
 
 
 def test_samples_are_forgotten_for_their_one_holder():
