@@ -31,7 +31,7 @@ FORGETTINGS = "forgettings"
 REFUSED = "refused: "
 """Begins the reason of an error by which a client says that it will not; others say that it could
 not."""
-SHARE, SHARE_ROUND = "share", "share-round"
+SHARE, SHARE_ROUND = "past-shares", "past-rounds"
 """The weights of the client's updates in the averages of their rounds, in [0, 1], 0 where one was
 not used; and the numbers of these rounds. They come with the client's next messages. Clients that
 keep a batch log need them."""

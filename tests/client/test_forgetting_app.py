@@ -56,7 +56,7 @@ def ask(grid, action, config, model=None, node=0):
 
 def shared(shares):
     """What a message says of shares by round."""
-    return {"share": list(shares.values()), "share-round": list(shares)}
+    return {messages.SHARE: list(shares.values()), messages.SHARE_ROUND: list(shares)}
 
 
 def train(grid, number, model=None, **config):

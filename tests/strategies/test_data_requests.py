@@ -604,7 +604,7 @@ def shares(clients, action="train"):
     found = {}
     for kind, node, config in clients.told:
         if kind == action:
-            told = dict(zip(config.get("share-round", ()), config.get("share", ()), strict=True))
+            told = dict(zip(config.get(messages.SHARE_ROUND, ()), config.get(messages.SHARE, ()), strict=True))
             found.setdefault(config["server-round"], {})[node] = told
     return found
 
@@ -691,4 +691,4 @@ def test_without_a_batch_log_no_message_is_changed():
     clients = Clients()
     requested(clients, ascending(), offers={Need.CLASSES})
     assert {kind for kind, _, _ in clients.told} == {"train", "query.forget", "train.ascent"}
-    assert all("share" not in config for _, _, config in clients.told)
+    assert all(messages.SHARE not in config for _, _, config in clients.told)
