@@ -18,7 +18,6 @@ import torch
 import typer
 from flwr.app import Context, Message
 from rich.console import Console
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -27,6 +26,7 @@ from benchmarks import figures
 from benchmarks import seeds as kept
 from benchmarks.engines import ROOT, one_line_errors
 from benchmarks.ffmu_page import Row, means, page, speedups, verdicts
+from benchmarks.membership import attack_auc
 from client.app import build_app, honest_job
 from client.contexts import partition_of
 from client.task.evaluation import gather, load_state, predict, state_of
@@ -154,13 +154,11 @@ def measured(parts: Parts, network: nn.Module, model: Parameters, ratio: float) 
     unseen, error_t = losses(network, server_data(parts.task).test)
     gone, error_f = losses(network, parts.removed(ratio))
     _, error_r = losses(network, parts.retained(ratio))
-    members = [1] * len(gone) + [0] * len(unseen)
-    attack = roc_auc_score(members, torch.cat([-gone, -unseen]).numpy())
     return {
         "accuracy": 100 - error_t,
         "error_f": error_f,
         "error_r": error_r,
-        "attack_auc": float(attack),
+        "attack_auc": attack_auc(gone, unseen),
     }
 
 

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from benchmarks.seeds import mean
 from client.drawing import (
@@ -40,6 +40,8 @@ LOOKS = (
 )  # fmt: skip
 """Colour and mark of the first, second ... method; all differ."""
 BEFORE: dict[str, Any] = {"color": INK, "marker": "+", "linestyle": "", "markersize": 9}
+LEVEL: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (8, 2, 1, 2)), "zorder": 1}
+"""The line of what has to be reached."""
 SIZE = 6
 PANEL = 2.75
 """Inches of a row of panels."""
@@ -110,7 +112,7 @@ def ffmu(told: Mapping[str, Any], certifiable: str) -> str:
             [mean([check[name]["share"] for check in checks]) for name in asked],
             "o:", color=BLUE, markersize=SIZE - 1,
         )  # fmt: skip
-        left.axhline(1, color=INK, linewidth=1.0, linestyle=(0, (8, 2, 1, 2)))
+        left.axhline(1, color=INK, **LEVEL)
         left.annotate("certified only here", (len(asked) - 1, 1), (0, 3), ha="right",
                       textcoords="offset points")  # fmt: skip
         left.set_xticks(range(len(asked)), asked)
@@ -134,6 +136,46 @@ def ffmu(told: Mapping[str, Any], certifiable: str) -> str:
         handles = [_mark(name, look) for name, look in zip(methods, LOOKS, strict=False)]
         legend_above(figure, handles, columns=4)
         return as_svg(figure, "ffmu", "Certified steps, and the error on what was removed")
+
+
+MEASURES = {
+    "retained": ("Accuracy on the classes that stay", (BLUE, "o")),
+    "forget_train": ("on the forgotten rows", (VERMILLION, "s")),
+    "attack_auc": ("Attack: who was trained on (AUC)", (PURPLE, "^")),
+}
+
+
+def clients(cells: Cells, blocks: Sequence[Sequence[str]]) -> str:
+    """Draw what is left by every method, a row each, and a column for every cell.
+
+    Parameters
+    ----------
+    blocks
+        Methods of one network each, from top to bottom; the second of a block is retraining, whose
+        lines go through it.
+    """
+    methods = [name for block in blocks for name in block]
+    with mpl.rc_context(style_of("clients")):
+        figure = Figure((WIDTH, 1.0 + 0.24 * len(methods)), layout="constrained")
+        panels: list[Axes] = list(figure.subplots(1, len(cells), sharey=True, squeeze=False).flat)
+        for axes, (cell, runs) in zip(panels, cells.items(), strict=True):
+            first = 0
+            for block in blocks:
+                _block(axes, runs, block, first)
+                first += len(block)
+                axes.axhline(first - 0.5, color=SOFT, linewidth=0.7)
+            axes.set_title("\n".join(cell.split(", ")))
+            axes.set_xlim(-0.04, 1.04)
+            axes.xaxis.set_major_locator(MultipleLocator(0.5))
+            axes.xaxis.set_major_formatter(FuncFormatter(_per_cent))
+            axes.tick_params(axis="y", length=0)
+            _grid(axes)
+        panels[0].set_yticks(range(len(methods)), methods)
+        panels[0].set_ylim(len(methods) - 0.5, -0.5)
+        handles: list[Handle] = [_mark(label, look) for label, look in MEASURES.values()]
+        handles.append(Line2D([], [], color=INK, label="of retraining the same network", **LEVEL))
+        legend_above(figure, handles, columns=4)
+        return as_svg(figure, "clients", "What is left of what was forgotten, by method")
 
 
 # ---------------------------------------------------------------- parts
@@ -166,6 +208,22 @@ def _panels(
         figure.supylabel("Accuracy on the classes that stay", size=8.5)
         legend_above(figure, handles, columns=columns)
         return as_svg(figure, name, title)
+
+
+def _block(axes: Axes, runs: Runs, block: Sequence[str], first: int) -> None:
+    """Draw methods of one network in rows from ``first`` on."""
+    ends = [first - 0.5, first + len(block) - 0.5]
+    for key, (_, (colour, mark)) in MEASURES.items():
+        for place, name in enumerate(block):
+            found = [run["methods"].get(name, {}) for run in runs]
+            values = [one[key] for one in found if one.get(key) is not None]
+            if not values:
+                continue
+            row = first + place
+            axes.plot([min(values), max(values)], [row, row], color=colour, alpha=0.5)
+            axes.plot([mean(values)], [row], mark, color=colour, markersize=5)
+            if place == 1:
+                axes.plot([mean(values)] * 2, ends, color=colour, **LEVEL)
 
 
 def _means(found: Iterable[Mapping[str, Any]], gone: str, kept: str, *at: int) -> Point:

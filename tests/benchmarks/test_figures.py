@@ -9,10 +9,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import ffmu, figures, masks, partial
+from benchmarks import clients, ffmu, figures, masks, partial
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
-BENCHMARKS = {"masks": masks, "partial": partial, "ffmu": ffmu}
+BENCHMARKS = {"masks": masks, "partial": partial, "ffmu": ffmu, "clients": clients}
 
 
 def texts(svg):
