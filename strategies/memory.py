@@ -293,7 +293,7 @@ class Memory:
             )
         twin = copy.copy(self)
         twin.first_rounds, twin.last_rounds = dict(self.first_rounds), dict(self.last_rounds)
-        twin.checkpoints = dict(self.checkpoints)
+        twin.checkpoints, twin.purged = dict(self.checkpoints), dict(self.purged)
         twin._temporary = None
         if self._temporary is not None:
             old, new = self._root(), twin._root()

@@ -420,6 +420,17 @@ def test_a_request_that_waited_is_refused_once_the_record_is_not_whole():
     assert "federaser needs the whole record of client-0003" in done[1].refused
 
 
+def test_what_a_copy_forgets_is_whole_in_the_original():
+    clients = Clients()
+    wrapped = remembering()
+    _, models = play(wrapped, clients.grid, 3)
+    copy = wrapped.fork()
+    copy.request(asked_for("ascent", target=Target.SAMPLES, holders=(3,)))
+    play(copy, clients.grid, 4, played=3, model=models[-1])
+    assert which_would_serve(copy, 3)[0] == set()
+    assert which_would_serve(wrapped, 3) == (set(HISTORICAL), {})
+
+
 def test_a_history_of_nobody_is_none():
     clients = Clients()
     wrapped = remembering()

@@ -597,7 +597,7 @@ def test_a_request_is_served_like_a_detection(scripted_grid):
 def test_nobody_is_forgotten_twice_or_without_a_method(scripted_grid):
     federation = forgetting(lambda number: [client(4)] if number == 1 else [])
     play(federation, scripted_grid(noisy()), 1)
-    with pytest.raises(SecateurError, match="client-0004 cannot be forgotten again"):
+    with pytest.raises(SecateurError, match="client-0004 takes no part any more: it waits"):
         federation.forget([client(4)], "privacy")
     bare = wrapped()
     play(bare, scripted_grid(noisy()), 1)
