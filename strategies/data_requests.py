@@ -192,8 +192,7 @@ class DataRequests:
             heard = self._ask(selection, asked, carrier, silent, dry=True)
             asked = list(heard)  # the others would let themselves be waited for twice
             counts = [*heard.values(), *state.rows.values()]
-            told = (heard and selection.forget == "class") or len(heard) == len(late)
-            if told and not any(rows > 0 for rows in counts):
+            if len(heard) == len(late) and not any(rows > 0 for rows in counts):
                 raise NothingHeldError(len(holders), selection)
         state.rows |= self._ask(selection, asked, carrier, silent)
         if state.rows or not everywhere(entry):
@@ -202,9 +201,10 @@ class DataRequests:
             known.everywhere = known.everywhere or everywhere(entry)
             known.dropped.update(state.rows)
         silent = {client: why for client, why in silent.items() if client not in state.rows}
-        if silent and not (selection.forget == "class" and state.rows):
+        held = any(rows > 0 for rows in state.rows.values())
+        if silent and not (selection.forget == "class" and held):
             raise UnansweredError(asked_to_drop(selection, late), silent)
-        if not any(rows > 0 for rows in state.rows.values()):
+        if not held:
             raise NothingHeldError(len(holders), selection)
         state.done = True
 
@@ -356,6 +356,9 @@ class DataRequests:
             if selection not in self._just_asked:
                 dropped = self._ask(selection, asked, carrier, silent)
                 self._forgotten[selection].dropped.update(dropped)
+                for entry in self._forgetting.pending:
+                    if entry.selection == selection and entry.dropped is not None:
+                        entry.dropped.rows |= dropped
             for client in self.owed(late).get(selection, ()):
                 self.barred[client] = f"has yet to drop {described(selection)}: {silent[client]}"
 

@@ -125,7 +125,13 @@ class Marking:
         return list(outgoing)
 
     # ------------------------------------------------------------ after a round
-    def settle(self, record: RoundRecord, ask: Question, take_up: TakeUp) -> None:
+    def settle(
+        self,
+        record: RoundRecord,
+        ask: Question,
+        take_up: TakeUp,
+        pending: Collection[str] = (),
+    ) -> None:
         """Go on with everybody, now that the round's model is published.
 
         Parameters
@@ -137,11 +143,16 @@ class Marking:
             Sends the published model.
         take_up
             May raise ``RefusedRequestError``.
+        pending
+            Clients whose requests wait to be served.
         """
         if self.checked and not record.note:
             for leaver in list(self.checked):
                 self._look(leaver, record.number, ask)
         self._open(record.unlearning)
+        for leaver in [one for one in self.marked if one.check.client not in pending]:
+            why = "its request was withdrawn after it had marked rows"
+            self._withdraw(leaver, record, f"{leaver.check.client} stays excluded: {why}")
         for leaver in [*self.waiting]:
             self._go_on(leaver, record, ask, take_up)
 
@@ -216,7 +227,7 @@ class Marking:
             log.info("round %d: marks of %s: %s", number, found.client, told)
 
     def _withdraw(self, leaver: Leaver, record: RoundRecord, why: str) -> None:
-        self.waiting.remove(leaver)
+        (self.waiting if leaver in self.waiting else self.marked).remove(leaver)
         request, found = leaver.request, leaver.check
         found.reason = why
         log.warning("round %d: request withdrawn: %s", record.number, why)

@@ -229,7 +229,7 @@ class PlanRounds:
             lacking = UnansweredError(ask, {client: self.rejected[client] for client in silent})
             if lacking.refused or not ask.away or not screened.answers:
                 raise lacking
-        elif not plays:
+        if not plays:
             self.unheard += [
                 f"unheard: {ask.action} is without {client}: {self.rejected[client]}"
                 for client in silent

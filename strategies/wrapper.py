@@ -72,12 +72,15 @@ class Unlearning(Strategy):
 
     A round, in order:
 
-    1. The wrapped strategy chooses among the clients that are not excluded.
-    2. ``screen`` drops replies that break the model's schema.
-    3. ``detector`` looks at what is left; who is flagged often enough is quarantined at once.
-    4. The wrapped strategy aggregates the rest.
-    5. If clients wait to be forgotten and ``rate_limit`` allows it, ``method`` forgets them all.
-    6. Recovery rounds follow until ``recovery`` is satisfied.
+    1. Holders drop what is, or is to be, forgotten (``strategies.data_requests``).
+    2. The wrapped strategy chooses among the clients that are not excluded. Whoever is to mark rows
+       before it leaves does so in this round (``strategies.marking``).
+    3. ``screen`` drops replies that break the model's schema.
+    4. ``detector`` looks at what is left; who is flagged often enough is quarantined at once.
+    5. The wrapped strategy aggregates the rest.
+    6. If clients, or data that clients hold, wait to be forgotten and ``rate_limit`` allows it, one
+       method forgets all who wait for it.
+    7. Recovery rounds follow until ``recovery`` is satisfied.
 
     With ``screen``, ``detector`` and ``method`` all ``None`` it behaves as the wrapped strategy
     does. ``strategies.loop.run_rounds`` plays the rounds; ``start`` calls it, so the class can
@@ -407,6 +410,7 @@ class Unlearning(Strategy):
                 client, action, model, told, grid, self.directory, self.deadline_s
             ),
             lambda request: self._take_up(request, self.route(request)),
+            frozenset(c for entry in self.forgetting.pending for c in entry.clients),
         )
 
     def _take_up(self, request: Request, found: Route) -> None:
@@ -555,7 +559,7 @@ class Unlearning(Strategy):
                 outcomes.append(carry_out(steps, ask, self.store.journal(plan)))
             except (RefusedRequestError, ParametersError) as error:
                 self.store.drop_journal(plan)
-                self._note_refused(name, due, carrier, error, asked=carrier.asks > asks)
+                self._note_refused(name, due, carrier, error, asks=carrier.asks - asks)
                 continue
             self.store.drop_journal(plan)
             served += due
@@ -563,7 +567,7 @@ class Unlearning(Strategy):
         if not outcomes:
             return None
         outcome = together(outcomes)
-        record = self._record_of(name, told_of, carrier)
+        record = self._record_of(name, told_of, carrier, carrier.asks)
         record.seconds = time.perf_counter() - started
         return self._take_over(record, outcome, served, carrier, rewriting, config)
 
@@ -610,17 +614,17 @@ class Unlearning(Strategy):
         return situation
 
     def _record_of(
-        self, name: str, entries: Sequence[Pending], carrier: rounds.PlanRounds
+        self, name: str, entries: Sequence[Pending], carrier: rounds.PlanRounds, asks: int
     ) -> UnlearningRecord:
         """Return a record of who is forgotten, or was to be."""
         causes = ", ".join(sorted({entry.cause for entry in entries}))
         clients = {client for entry in entries for client in entry.clients}
         record = UnlearningRecord(self.record.number, name, causes, tuple(sorted(clients)))
-        record.targets = tuple(dict.fromkeys(told(entry) for entry in entries))
+        record.targets = tuple(told(entry) for entry in entries)
         record.guarantee = METHODS[name].guarantee
         record.memory_bytes = self.memory.bytes_held(METHODS[name].needs)
         dropping = sum(entry.dropped.asks for entry in entries if entry.dropped is not None)
-        record.rounds_asked = carrier.asks + dropping
+        record.rounds_asked = asks + dropping
         record.bytes_sent = carrier.bytes_sent
         return record
 
@@ -691,26 +695,29 @@ class Unlearning(Strategy):
         carrier: rounds.PlanRounds,
         error: SecateurError,
         *,
-        asked: bool = False,
+        asks: int = 0,
     ) -> None:
         """Take note that some are not forgotten now, and withdraw what never will be.
 
         Parameters
         ----------
-        asked
-            Whether clients were asked for it by the method.
+        asks
+            How often the method had asked clients for it.
         """
         number = self.record.number
-        known = self.forgetting.refused.issuperset(due) and not carrier.asks
-        record = self._record_of(name, due, carrier)
+        known = self.forgetting.refused.issuperset(due) and not asks
+        record = self._record_of(name, due, carrier, asks)
         self.shares.mixed_up(carrier.trained)  # in rounds that do not count
         record.refused = str(error)
-        self.forgetting.refuse(number, due, asked=asked)
+        self.forgetting.refuse(number, due, asked=asks > 0)
         self.data.find_others(due, error, self._route, self._active(), number, self._previous)
-        self.forgettings += asked  # they were told, and must be told anew
+        self.forgettings += asks > 0  # they were told, and must be told anew
         if not known:  # said once where it costs nothing to try again in every round to come
             self._refusals.append(f"{', '.join(record.targets)}: {error}")
-            self.record.unlearning = self.record.unlearning or record
+            if self.record.unlearning is None:
+                self.record.unlearning = record
+            else:
+                self.record.unlearning.warnings.append(f"not forgotten: {self._refusals[-1]}")
             log.warning("round %d: unlearning refused: %s", number, error)
 
     def fork(self) -> "Unlearning":
@@ -749,7 +756,9 @@ class Unlearning(Strategy):
             self.data.reminders.on(grid),
             self.directory,
             screen=self.screen or Screen(),
-            train_config=ConfigRecord({**config, messages.FORGETTINGS: times}),
+            train_config=ConfigRecord(
+                {**config, **({messages.FORGETTINGS: times} if times else {})}
+            ),
             deadline_s=self.deadline_s,
             quorum=self.quorum,
             seed=self.seed,

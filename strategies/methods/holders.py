@@ -76,7 +76,12 @@ class Holders:
         model = situation.model
         asked = self.step(**situation.selection.rows(), **self.settings)
         answers = yield Ask(
-            self.step.action, to=situation.holders, arrays=model, config=asked.config()
+            self.step.action,
+            to=situation.holders,
+            arrays=model,
+            config=asked.config(),
+            everybody=True,
+            away=True,
         )
         # Holders of other data have nothing to do, and say so by a weight of none of their rows.
         acted = [a for a in answers if a.arrays is not None and a.metrics.get("rows", 1)]

@@ -114,6 +114,8 @@ class Survey:
                         arrays=situation.model,
                         config=asked.config(),
                         expects=joined(**self.groups),
+                        everybody=selection is not NOTHING,  # who holds it may refuse the step
+                        away=True,
                     )
                 )
         return found
@@ -201,7 +203,7 @@ def conduct(situation: Situation, survey: Survey) -> Plan[Findings]:
     warnings = [f"unheard: {action} is without {c}: {why}" for c, why in reasons.items()]
     warnings += [
         f"unheard_holder: {client} dropped {rows} rows, and no sums over them came in"
-        for client, rows in sorted(situation.dropped.items())
+        for client, rows in sorted(_dropped(situation).items())
         if rows and client not in usable
     ]
     settings = {
@@ -240,10 +242,16 @@ def _usable(
 
 
 def _held(situation: Situation, survey: Survey, client: str) -> int | None:
-    """Return how many rows to forget a client can have: as many as it dropped a moment before."""
+    """Return how many rows to forget a client can have: as many as it said when it dropped them."""
     if client in situation.holders:
-        return situation.dropped.get(client)
+        return _dropped(situation).get(client)
     return None if survey.elsewhere else 0
+
+
+def _dropped(situation: Situation) -> Mapping[str, int]:
+    """Return what each holder dropped of what the method is about, and of nothing else."""
+    (own, *others) = (entry.dropped for entry in situation.pending)
+    return situation.dropped if own is None or others else own.rows
 
 
 def _check_quorum(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -142,6 +143,7 @@ def test_a_federation_offers_what_its_task_and_clients_have(model, log, tmp_path
     "strategy", ["fedavg", "fedprox", "fedmedian", "fedadam", "ffmu", "ffmu-n"]
 )
 def test_a_batch_log_counts_only_where_clients_have_shares_of_the_model(strategy, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="flwr")
     settings, task = digits("mlp", **{"batch-log": "random", "client-dir": str(tmp_path),
                                       "strategy": strategy, "ready-methods": "amnesiac"})  # fmt: skip
     made = build_federation(settings, initial_model(task, 0), task)

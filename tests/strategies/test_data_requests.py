@@ -9,7 +9,17 @@ from flwr.serverapp.strategy import FedAvg
 
 from simulation.engines.inprocess import InProcessGrid
 from strategies import messages
-from strategies.actions import Amnesiac, Ascend, Ascent, Batches, Forget, Noisy, Rapid, Rcad
+from strategies.actions import (
+    Amnesiac,
+    Ascend,
+    Ascent,
+    Batches,
+    Forget,
+    LabelFlip,
+    Noisy,
+    Rapid,
+    Rcad,
+)
 from strategies.actions import Statistics as Question
 from strategies.forgetting import needs_of
 from strategies.loop import run_rounds
@@ -18,6 +28,7 @@ from strategies.methods.catalogue import MAKE
 from strategies.methods.holders import Ball, ascending
 from strategies.methods.masks import Mask
 from strategies.methods.retraining import noisy, rapid, rcad
+from strategies.rate_limit import RateLimit
 from strategies.records import Phase
 from strategies.recovery import Recovery
 from tests.conftest import scripted_app
@@ -60,7 +71,7 @@ class Clients:
             return learning()(partition, number, model)
 
         app = scripted_app(trained)
-        for kind in (Ascent, Amnesiac, Ascend, *PLAY):
+        for kind in (Ascent, LabelFlip, Amnesiac, Ascend, *PLAY):
             self._register(app.train, kind)
         for kind in (Forget, Batches, Question):
             self._register(app.query, kind)
@@ -196,7 +207,7 @@ def test_before_every_method_all_holders_drop_and_stay(name, target):
     exact = METHODS[name].guarantee == "exact"
     assert records[1].phase is (Phase.TRAIN if exact else Phase.RECOVER)
     assert wrapped.forgettings == 1
-    assert clients.config("query.forget")[0]["forgettings"] == 0  # nothing is forgotten yet
+    assert "forgettings" not in clients.config("query.forget")[0]  # nothing is forgotten yet
     assert not wrapped.busy
 
 
@@ -482,22 +493,107 @@ def test_who_joins_between_a_request_for_a_class_and_its_time_is_asked_with_the_
 
 
 # ---------------------------------------------------------------- another method
-@pytest.mark.parametrize("action", ["query.batches", "train.amnesiac"])
+NEXT = {
+    # Who refuses what; the method that is routed to first; the one after it.
+    "query.batches": (Target.SAMPLES, OFFERS, "amnesiac", "fisher-mask"),
+    "train.amnesiac": (Target.SAMPLES, OFFERS, "amnesiac", "fisher-mask"),
+    "query.statistics": (Target.SAMPLES, {Need.CLASSES}, "fisher-mask", "label-flip"),
+}
+
+
+@pytest.mark.parametrize("action", NEXT)
 def test_what_its_method_cannot_serve_goes_to_the_next_and_a_named_one_is_withdrawn(action):
+    target, offers, method, after = NEXT[action]
     for named in (False, True):
         clients = Clients()
         clients.refuse[action] = {1}
-        request = asked_for("amnesiac", target=Target.SAMPLES, holders=(1,))
+        request = asked_for(method, target=target, holders=(1,))
         request = request if named else dataclasses.replace(request, method=None)
-        wrapped = made(None)
+        wrapped = made(None, offers=frozenset(offers))
         _, models = play(wrapped, clients.grid, 3)
-        assert wrapped.request(request).method == "amnesiac"
+        assert wrapped.request(request).method == method
         records, _ = play(wrapped, clients.grid, 7, played=3, model=models[-1])
         first = records[0].unlearning
-        assert (first.method, "client-0001" in first.refused) == ("amnesiac", True)
+        assert (first.method, "client-0001" in first.refused) == (method, True)
         assert wrapped.forgetting.pending == []
         later = [r.unlearning for r in records[1:] if r.unlearning is not None]
-        assert [(u.method, u.refused) for u in later] == ([] if named else [("fisher-mask", None)])
+        assert [(u.method, u.refused) for u in later] == ([] if named else [(after, None)])
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_holder_that_refuses_a_named_step_ends_the_request_and_one_that_is_away_does_not(refuses):
+    clients = Clients()
+    (clients.refuse if refuses else clients.away)["train.ascent"] = {1}
+    wrapped, records, _ = requested(clients, MAKE["ascent"](), after=4)
+    done = records[0].unlearning
+    if refuses:
+        assert "its owner does not allow it" in done.refused
+        assert wrapped.forgetting.pending == []
+        assert [r.unlearning for r in records[1:]] == [None] * 3
+        return
+    assert done.refused is None
+    assert [
+        w for w in done.warnings if w.startswith("unheard: train.ascent is without client-0001")
+    ]
+
+
+def test_a_class_whose_only_holder_is_away_waits_for_it():
+    clients = Clients(held=(0, 0, 0, 0, 7))
+    clients.away["query.forget"] = {4}
+    wrapped, records, models = requested(clients, ascending())
+    assert (
+        "query.forget needs an answer of everybody asked: client-0004"
+        in records[0].unlearning.refused
+    )
+    assert len(wrapped.forgetting.pending) == 1
+    clients.away.clear()
+    played = records[-1].number
+    again, _ = play(wrapped, clients.grid, played + 2, played=played, model=models[-1])
+    done = [r.unlearning for r in again if r.unlearning is not None]
+    assert [(u.refused, u.settings["holders"]) for u in done] == [(None, 1)]
+
+
+def test_every_refusal_of_a_round_is_told():
+    clients = Clients()
+    clients.refuse["query.forget"] = {1, 3}
+    wrapped = made(ascending())
+    _, models = play(wrapped, clients.grid, 3)
+    for holder in (1, 3):
+        wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(holder,)))
+    records, _ = play(wrapped, clients.grid, 4, played=3, model=models[-1])
+    first = records[0].unlearning
+    assert "client-0001" in first.refused
+    (other,) = [text for text in first.warnings if text.startswith("not forgotten: 1 samples")]
+    assert "client-0003" in other
+    assert first.rounds_asked == 1  # each was asked once, for its own
+    assert wrapped.forgetting.pending == []
+
+
+def test_a_late_holder_is_held_to_what_it_dropped():
+    # Client 2 drops its 3 rows a round later than the others, and then claims 300.
+    clients = Clients(held=(4, 4, 3, 4, 4))
+    wrapped = made(MAKE["fisher-mask"](), rate_limit=RateLimit(rounds=4))
+    _, models = play(wrapped, clients.grid, 3)
+    clients.told.clear()
+
+    class Late(dict):
+        def get(self, action, default=()):
+            return {2} if action == "query.forget" and wrapped.record.number < 5 else default
+
+    clients.away = Late()
+    statistics = clients._statistics
+    clients._statistics = lambda start, rows: statistics(start, 300 if rows == 3 else rows)
+    wrapped.forgetting.last = 3  # the mask's time comes after round 7
+    wrapped.request(asked_for("fisher-mask"))
+    records, _ = play(wrapped, clients.grid, 7, played=3, model=models[-1])
+    (done,) = [r.unlearning for r in records if r.unlearning is not None]
+    assert (done.number, done.refused) == (7, None)
+    assert [(n, c["server-round"]) for k, n, c in clients.told if k == "query.forget" and n == 2][
+        -1
+    ] == (2, 5)
+    (told,) = [text for text in done.warnings if text.startswith("unheard:")]
+    assert "query.statistics is without client-0002: no usable statistics" in told
+    assert [w for w in done.warnings if w.startswith("unheard_holder: client-0002 dropped 3 rows")]
 
 
 def test_what_nobody_holds_is_withdrawn_and_told():
@@ -604,7 +700,13 @@ def shares(clients, action="train"):
     found = {}
     for kind, node, config in clients.told:
         if kind == action:
-            told = dict(zip(config.get(messages.SHARE_ROUND, ()), config.get(messages.SHARE, ()), strict=True))
+            told = dict(
+                zip(
+                    config.get(messages.SHARE_ROUND, ()),
+                    config.get(messages.SHARE, ()),
+                    strict=True,
+                )
+            )
             found.setdefault(config["server-round"], {})[node] = told
     return found
 

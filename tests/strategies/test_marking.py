@@ -11,6 +11,7 @@ from simulation.engines.inprocess import InProcessGrid
 from strategies import messages
 from strategies.actions import Marks
 from strategies.ffmu import FFMU
+from strategies.forgetting import Forgetting
 from strategies.marking import PATIENCE, ask_leaver, judge
 from strategies.methods.catalogue import MAKE
 from strategies.records import MarkCheck
@@ -18,7 +19,12 @@ from strategies.roster import Status
 from tests.conftest import scripted_app
 from tests.strategies.small import approximately, client, federation, learning, play
 from unlearning.catalogue import Target
-from unlearning.errors import ImpossibleRequestError, RefusedRequestError, UnsafeMethodError
+from unlearning.errors import (
+    BudgetError,
+    ImpossibleRequestError,
+    RefusedRequestError,
+    UnsafeMethodError,
+)
 from unlearning.routing import Request
 
 LEAVER, CLIENTS = 2, 7
@@ -228,6 +234,23 @@ def test_what_cannot_be_served_any_more_once_it_is_marked_is_withdrawn():
     assert "would play 4 rounds again, and 3 are allowed" in records[0].unlearning.refused
     assert wrapped.roster.may_take_part(client(LEAVER))
     assert client(LEAVER) in records[1].participants
+
+
+def test_what_is_withdrawn_after_it_was_taken_up_is_told_and_not_waited_for(monkeypatch):
+    real = Forgetting.affordable
+
+    def too_many(self, method, served, number, remembers):
+        if any(entry.clients == (client(LEAVER),) for entry in served):
+            return (), {entry: BudgetError("too many rounds by now") for entry in served}
+        return real(self, method, served, number, remembers)
+
+    monkeypatch.setattr(Forgetting, "affordable", too_many)
+    wrapped, records, _ = played(Script())
+    (done,) = [r.unlearning for r in records if r.unlearning is not None]
+    assert done.refused == "too many rounds by now"
+    (told,) = done.marks
+    assert "stays excluded: its request was withdrawn after it had marked rows" in told.reason
+    assert (wrapped.marking.marked, wrapped.forgetting.pending, wrapped.busy) == ([], [], False)
 
 
 def test_a_leaver_that_says_nothing_under_its_marks_is_forgotten_and_not_asked_again():
