@@ -604,7 +604,13 @@ def shares(clients, action="train"):
     found = {}
     for kind, node, config in clients.told:
         if kind == action:
-            told = dict(zip(config.get(messages.SHARE_ROUND, ()), config.get(messages.SHARE, ()), strict=True))
+            told = dict(
+                zip(
+                    config.get(messages.SHARE_ROUND, ()),
+                    config.get(messages.SHARE, ()),
+                    strict=True,
+                )
+            )
             found.setdefault(config["server-round"], {})[node] = told
     return found
 
