@@ -204,8 +204,9 @@ def _where(runs: list[dict[str, Any]]) -> str:
     return (
         "FisherMask's share is of all parameters together, as specified; it zeroes "
         f"{of('fisher-mask', zeroed)} % of the few weights of the first convolution, and the worst "
-        f"of the classes that stay is left with {worst} %. With the same share of each tensor "
-        f"(`scope=layer`) it zeroes {of(BY_LAYER, zeroed)} % there and leaves {layered} %."
+        f"of the classes that stay is left with {worst} %. With the same share of each layer, "
+        f"weight and bias together (`scope=layer`), it zeroes {of(BY_LAYER, zeroed)} % there and "
+        f"leaves {layered} %."
     )
 
 

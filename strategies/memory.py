@@ -190,11 +190,12 @@ class Memory:
     def checkpoint(self, clients: Collection[str]) -> tuple[int, Parameters] | None:
         """Return the last model from before any of the clients first took part, and its round.
 
-        ``None`` where it was not remembered.
+        Who is not known to have taken part does not count beside others; of nobody known, it is
+        that of round 0. ``None`` where it was not remembered.
         """
         if self.initial is None:
             return None
-        joined = min((self.first_rounds.get(c, 1) for c in clients), default=1)
+        joined = min((self.first_rounds[c] for c in clients if c in self.first_rounds), default=1)
         older = [number for number in self.checkpoints if number < joined]
         return (max(older), self.checkpoints[max(older)]) if older else (0, self.initial)
 

@@ -74,7 +74,8 @@ class UnlearningRecord:
     percentiles: dict[str, float] = field(default_factory=dict)
     """Per client, the share of retained clients with less conflict; low hints at a mistake."""
     refused: str | None = None
-    """Why nothing was done, if so; the clients stay in quarantine."""
+    """Why nothing was done, if so. Clients to be forgotten stay in quarantine; holders of a class
+    or samples go on, and what they dropped stays dropped."""
     recovery_rounds: int | None = None
     """``None`` while recovery goes on, or where none is needed."""
     recovery_ended_by: str | None = None

@@ -211,13 +211,14 @@ HOLDERS: dict[str, Entry] = {
         routed=False,
     ),
     "ij": Entry(
-        "One step by the inverse Hessian of the last layer: the infinitesimal jackknife",
-        frozenset({Need.TARGET, Need.RETAINED, Need.CLASSES}),
+        "One step by the inverse Hessian, of the last layer or by the diagonal of all: the "
+        "infinitesimal jackknife",
+        frozenset({Need.TARGET, Need.RETAINED}),
         frozenset({Target.SAMPLES}),
         "none",
         False,
         "1 of statistics",
-        "the Hessian of the last layer",
+        "the Hessian of the last layer, or its diagonal",
         "infinitesimal jackknife, methods 2.14",
         "2.14",
         events=False,

@@ -29,7 +29,14 @@ from unlearning.errors import MissingNeedError, ParametersError
 from unlearning.fisher import influence_step
 from unlearning.gradients import check_rows, chunked_gradient
 from unlearning.label_flip import check_classes
-from unlearning.parameters import Parameters, check_finite, copied, norm, prunable_names
+from unlearning.parameters import (
+    Parameters,
+    check_finite,
+    copied,
+    norm,
+    prunable_names,
+    trained_part,
+)
 from unlearning.sums import Statistics, check_statistics, means
 
 RIDGE, DAMPING = 1e-3, 1e-2
@@ -56,20 +63,32 @@ def warning(forgotten: int, samples: int) -> str | None:
 # ---------------------------------------------------------------- the last layer
 
 
-def last_layer(model: Parameters) -> str:
+def last_layer(model: Parameters, trained: Collection[str] | None = None) -> str:
     """Return the name of the last linear layer, that of its weight without ``.weight``.
+
+    Parameters
+    ----------
+    trained
+        Names of what training moves; ``None`` to take all of the layer for it.
 
     Raises
     ------
     MissingNeedError
-        If the last weight is none of a linear layer.
+        If the last weight is none of a linear layer, or training does not move all of the layer.
     """
     names = prunable_names(model)
     if not names or model[names[-1]].dim() != 2:
         raise MissingNeedError(
             "the infinitesimal jackknife needs a model that ends in a linear layer"
         )
-    return names[-1].rpartition(".")[0]
+    layer = names[-1].rpartition(".")[0]
+    frozen = sorted({n for n in names_of(layer) if n in model} - set(trained_part(model, trained)))
+    if frozen:
+        raise MissingNeedError(
+            "the infinitesimal jackknife corrects the last layer as a whole, and training does not "
+            f"move {', '.join(frozen)}; set the scope to diag (ij.scope=diag in a federation)"
+        )
+    return layer
 
 
 def names_of(layer: str) -> tuple[str, str]:

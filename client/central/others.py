@@ -10,14 +10,13 @@ from client.central.case import Case, Made, selected
 from client.central.training import fit, training_rate
 from client.forgetting.interface import Holding
 from client.forgetting.rounds import noisy_settings, unsure
-from client.forgetting.statistics import fisher_of
 from client.forgetting.steps import do
 from strategies import actions
 from strategies.methods.settings import Keys
 from unlearning import jackknife, noisy_descent, sisa
-from unlearning.parameters import Parameters, byte_size
+from unlearning.parameters import Parameters, byte_size, copied, trained_part
 from unlearning.randomness import generator
-from unlearning.sums import Statistics, added
+from unlearning.sums import Statistics
 
 
 class Sisa(Keys):
@@ -191,25 +190,19 @@ def influence(settings: Jackknife, case: Case) -> Made:
     """Correct the model linearly, once, for the rows that go."""
     told = jackknife.warning(len(case.rows), case.all_rows)
     warnings = () if told is None else (told,)
-    if settings.scope == "diag":
-        holding = case.holding
-        slope = jackknife.slope_statistics(
-            case.model, holding.forward, holding.loss, *holding.forget
-        )
-        fisher = added(
-            [fisher_of(case.model, holding, rows) for rows in (holding.forget, holding.remain)]
-        )
-        model = jackknife.corrected_diagonally(case.model, slope, fisher, settings.damping)
-        return Made((model,), warnings=warnings)
-    outcome = do(selected({}, actions.Curvature, case), case.model, case.holding)
+    asked = selected({"scope": settings.scope}, actions.Curvature, case)
+    outcome = do(asked, case.model, case.holding)
     parts = actions.parted(outcome.arrays)
-    model = jackknife.corrected(
-        case.model,
-        jackknife.last_layer(case.model),
-        Statistics(parts["hessian"], int(outcome.metrics["hessian-count"])),
-        Statistics(parts["gradient"], int(outcome.metrics["gradient-count"])),
-        settings.ridge,
+    hessian, gradient = (
+        Statistics(parts[group], int(outcome.metrics[f"{group}-count"]))
+        for group in ("hessian", "gradient")
     )
+    if settings.scope == "diag":
+        own = trained_part(case.model, case.holding.trained)
+        moved = jackknife.corrected_diagonally(own, gradient, hessian, settings.damping)
+        return Made((copied(case.model) | moved,), warnings=warnings)
+    layer = jackknife.last_layer(case.model, case.holding.trained)
+    model = jackknife.corrected(case.model, layer, hessian, gradient, settings.ridge)
     return Made((model,), warnings=warnings)
 
 

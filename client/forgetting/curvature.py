@@ -2,7 +2,7 @@
 
 import torch
 
-from client.forgetting.holding import classes_of
+from client.forgetting.holding import classes_of, moving
 from client.forgetting.interface import Holding, Outcome
 from client.forgetting.statistics import fisher_of
 from strategies.actions import Curvature, joined
@@ -30,13 +30,14 @@ def curvature(settings: Curvature, model: Parameters, holding: Holding) -> Outco
     ------
     MissingNeedError
         If the holder has no rows; of the last layer also if the model does not end in a linear
-        one, it is too large, or the task has no classes.
+        one, it is too large, or part of it is frozen, or the task has no classes.
     """
     if settings.scope == "diag":
         squares = added([fisher_of(model, holding, r) for r in (holding.forget, holding.remain)])
-        slopes = slope_statistics(model, holding.forward, holding.loss, *holding.forget)
+        own, held = moving(model, holding)
+        slopes = slope_statistics(own, held.forward, holding.loss, *holding.forget)
         return _outcome(squares, slopes)
-    layer = last_layer(model)
+    layer = last_layer(model, holding.trained)
     inputs = torch.cat([holding.forget[0], holding.remain[0]])
     if not len(inputs):
         raise MissingNeedError("a Hessian needs at least one row, and there are none")

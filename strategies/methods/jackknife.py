@@ -8,11 +8,12 @@ import torch
 
 from strategies.actions import Curvature
 from strategies.memory import Memory
-from strategies.methods.interface import Situation, Unlearned
+from strategies.methods.interface import UNKNOWN, Network, Situation, Unlearned
 from strategies.methods.survey import Findings, Survey, conduct, squares_of
 from unlearning import jackknife
+from unlearning.entry import Need
 from unlearning.errors import MissingNeedError
-from unlearning.parameters import Parameters, trained_names
+from unlearning.parameters import Parameters, copied, trained_part
 from unlearning.plan import Plan
 from unlearning.sums import Statistics
 
@@ -28,7 +29,8 @@ class Jackknife:
     ----------
     scope
         The last layer, exactly; all layers, by the diagonal of the Fisher information; or, with
-        ``auto``, the last layer where it can be done.
+        ``auto``, the last layer where it can be done. What training does not move stays: the last
+        layer cannot be done where part of it is frozen, or the server knows of no classes.
     ridge, damping
         Added to the mean Hessian's diagonal, of the last layer and of the diagonal; over 0.
     longest
@@ -40,6 +42,7 @@ class Jackknife:
     ridge: float = jackknife.RIDGE
     damping: float = jackknife.DAMPING
     longest: float = jackknife.LONGEST
+    network: Network = UNKNOWN
 
     def freeze(self, memory: Memory, model: Parameters, clients: Collection[str]) -> None:
         """Keep nothing."""
@@ -59,9 +62,11 @@ class Jackknife:
         if last is None:
             found = yield from self._by_diagonal(situation)
             gradient, hessian = found.totals["gradient"], found.totals["hessian"]
-            after = jackknife.corrected_diagonally(model, gradient, hessian, self.damping)
+            trained = trained_part(model, self.network.trained)
+            moved = jackknife.corrected_diagonally(trained, gradient, hessian, self.damping)
+            after = copied(model) | moved
             told: dict[str, str | float] = {"scope": "diag", "damping": self.damping}
-            names: Collection[str] = trained_names(model)
+            names: Collection[str] = list(trained)
         else:
             layer, forms = last
             found = yield from self._of_the_last(situation, layer, forms)
@@ -88,7 +93,12 @@ class Jackknife:
         if self.scope == "diag":
             return None
         try:
-            layer = jackknife.last_layer(model)
+            if not self.network.classes:
+                raise MissingNeedError(
+                    f"ij of the last layer needs {Need.CLASSES}, and the server knows of none; "
+                    "set ij.scope=diag"
+                )
+            layer = jackknife.last_layer(model, self.network.trained)
             hessian, gradient = jackknife.expected(model, layer)
         except MissingNeedError:
             if self.scope == "last":
@@ -112,7 +122,7 @@ class Jackknife:
 
     def _by_diagonal(self, situation: Situation) -> Plan[Findings]:
         model = situation.model
-        squares = squares_of(model)
+        squares = squares_of(model, self.network.trained)
         slopes = {name: torch.empty_like(model[name]) for name in squares}
         groups = {"hessian": squares, "gradient": slopes}
         survey = self._survey("diag", groups, signed=("gradient",), shortened=("gradient",))

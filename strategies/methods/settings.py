@@ -212,7 +212,7 @@ CONFIGURABLE: dict[str, Configurable] = {
     "random-mask": Configurable(Share, _mask("random-mask")),
     "fisher-noise": Configurable(Blur, lambda network, given: Noise(network=network, **given)),
     "tfidf": Configurable(TfIdf, _pruning),
-    "ij": Configurable(Linear, lambda network, given: Jackknife(**given)),
+    "ij": Configurable(Linear, lambda network, given: Jackknife(network=network, **given)),
     "ascent": Configurable(_step(Strength, Ascent), _holders(ascending)),
     "label-flip": Configurable(_step(Strength, LabelFlip), _holders(flipping)),
     "macforget": Configurable(_step(Strength, MacForget), _holders(macforget)),

@@ -1,5 +1,10 @@
 """Settings: names, types, ranges and relations, every fault at once."""
 
+import re
+import tomllib
+from pathlib import Path
+from typing import get_args
+
 import pytest
 
 from server.settings import Settings, SettingsError, read_settings
@@ -61,3 +66,16 @@ def test_milestones_are_rounds(given, kept):
 def test_milestones_that_are_no_rounds_are_refused_in_words(given):
     with pytest.raises(SettingsError, match="names no rounds; give numbers, such as 100,150"):
         read_settings({"learning-rate-milestones": given})
+
+
+def test_the_page_has_every_key_with_its_default_and_what_else_may_be_chosen():
+    page = (Path(__file__).parents[2] / "docs/settings.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| ([^|]*) \| [^|]{5,} \|$", page, re.MULTILINE))
+    fields = {field.alias: field for field in Settings.model_fields.values()}
+    assert list(rows) == list(fields)
+    for key, field in fields.items():
+        shown, *others = re.findall("`([^`]*)`", rows[key])
+        default = tomllib.loads(f"value = {shown}")["value"]
+        assert (key, default, type(default)) == (key, field.default, type(field.default))
+        chosen = [value for value in get_args(field.annotation) if isinstance(value, str)]
+        assert (key, others) == (key, [value for value in chosen if value != default])

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from strategies.actions import Curvature, Selection, joined
+from strategies.methods.interface import UNKNOWN, Network
 from strategies.methods.jackknife import Jackknife
 from strategies.methods.survey import StatisticsError
 from tests.strategies.canned import run, situation, waiting
@@ -27,6 +28,7 @@ MODEL = {
 }
 INPUTS = torch.randn(150, 3, generator=DRAW)
 LABELS = (torch.rand(150, generator=DRAW) < 0.5).long()
+KNOWN = Network(classes=2)
 SAMPLES = Selection(forget="samples", forget_tokens="0" * 32)
 
 
@@ -85,13 +87,17 @@ def corrected(scope, gone=(2, 0, 0), clients=(0, 1, 2)):
     return jackknife.corrected(MODEL, "last", hessian, gradient)
 
 
+def ij(**settings):
+    return Jackknife(**{"network": KNOWN, **settings})
+
+
 def there(selection=SAMPLES, holders=(0,), **more):
     return situation(waiting(holders, selection, method="ij"), start=MODEL, **more)
 
 
 @pytest.mark.parametrize("scope", ["last", "diag"])
 def test_a_correction_is_that_of_one_data_set(scope):
-    found, asked = run(Jackknife(scope=scope).plan(there()), answering(scope))
+    found, asked = run(ij(scope=scope).plan(there()), answering(scope))
     expected = corrected(scope)
     for name, tensor in expected.items():
         torch.testing.assert_close(found.model[name], tensor, rtol=1e-5, atol=1e-7)
@@ -111,11 +117,42 @@ def test_by_itself_a_layer_too_large_or_none_is_corrected_by_the_diagonal():
     for start in (large, {"norm.weight": torch.ones(3)}):
         waits = situation(waiting((0,), SAMPLES), start=start)
         with pytest.raises(MissingNeedError, match=r"linear layer|set the scope to diag"):
-            run(Jackknife(scope="last").plan(waits), lambda who, question: None)
-        question = next(Jackknife().plan(waits))
+            run(ij(scope="last").plan(waits), lambda who, question: None)
+        question = next(ij().plan(waits))
         assert question.config["scope"] == "diag"
         assert set(question.expects) == {f"{g}/{n}" for g in ("hessian", "gradient") for n in start}
-    assert next(Jackknife().plan(there())).config["scope"] == "last"
+    assert next(ij().plan(there())).config["scope"] == "last"
+
+
+def test_what_training_does_not_move_stays_and_the_last_layer_goes_whole():
+    frozen = "last.bias"
+    network = Network(classes=2, trained=frozenset(trained_names(MODEL)) - {frozen})
+
+    def without(who, sums):
+        return [
+            Statistics({n: t for n, t in part.sums.items() if n != frozen}, part.count)
+            for part in sums
+        ]
+
+    found, _ = run(ij(network=network).plan(there()), answering("diag", lie=without))
+    expected = {**corrected("diag"), frozen: MODEL[frozen]}  # the diagonal couples no two entries
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found.model[name], tensor, rtol=1e-5, atol=1e-7)
+    assert torch.equal(found.model[frozen], MODEL[frozen])
+    assert found.model.keys() == MODEL.keys()
+    size = torch.cat([MODEL[name].flatten() for name in network.trained]).norm()
+    moved = torch.cat([(found.model[n] - MODEL[n]).flatten() for n in network.trained]).norm()
+    assert found.settings["length"] == round(float(moved / size), 4)
+    with pytest.raises(MissingNeedError, match=r"training does not move last\.bias; set the scope"):
+        next(ij(scope="last", network=network).plan(there()))
+    early = Network(classes=2, trained=frozenset(trained_names(MODEL)) - {"first.weight"})
+    assert next(ij(network=early).plan(there())).config["scope"] == "last"
+
+
+def test_without_classes_there_is_the_diagonal_alone():
+    assert next(ij(network=UNKNOWN).plan(there())).config["scope"] == "diag"
+    with pytest.raises(MissingNeedError, match=r"a task with classes.*; set ij\.scope=diag$"):
+        next(ij(scope="last", network=UNKNOWN).plan(there()))
 
 
 IMPOSSIBLE = {
@@ -134,7 +171,7 @@ def test_what_no_data_could_give_is_left_out(lie):
     waits = there(holders=holders)
     waits.dropped.update(dict.fromkeys(map(client, holders), 2))
     gone = (2, 2, 0) if len(holders) > 1 else (2, 0, 0)
-    found, _ = run(Jackknife().plan(waits), answering("last", gone, IMPOSSIBLE[lie]))
+    found, _ = run(ij().plan(waits), answering("last", gone, IMPOSSIBLE[lie]))
     expected = corrected("last", gone, clients=(0, 2))
     for name, tensor in expected.items():
         torch.testing.assert_close(found.model[name], tensor, rtol=1e-5, atol=1e-7)
@@ -142,7 +179,7 @@ def test_what_no_data_could_give_is_left_out(lie):
 
 
 def test_negative_squares_are_left_out_of_the_diagonal():
-    found, _ = run(Jackknife(scope="diag").plan(there()),
+    found, _ = run(ij(scope="diag").plan(there()),
                    answering("diag", lie=of(1, lambda h, g: (scaled(h, -1), g))))  # fmt: skip
     for name, tensor in corrected("diag", clients=(0, 2)).items():
         torch.testing.assert_close(found.model[name], tensor, rtol=1e-5, atol=1e-7)
@@ -154,7 +191,7 @@ def test_a_hessian_weighs_no_more_than_its_clients_rows(count):
     def more(h, g):
         return scaled(h, count / h.count, count), g
 
-    found, _ = run(Jackknife().plan(there()), answering("last", lie=of(2, more)))
+    found, _ = run(ij().plan(there()), answering("last", lie=of(2, more)))
     assert found.settings["of"] == 150
     for name, tensor in corrected("last").items():
         torch.testing.assert_close(found.model[name], tensor, rtol=1e-5, atol=1e-7)
@@ -164,7 +201,7 @@ def test_a_gradient_far_longer_than_others_is_shortened():
     gone = (2, 2, 2)
     waits = there(holders=(0, 1, 2))
     lie = of(2, lambda h, g: (h, scaled(g, 1e9)))
-    found, _ = run(Jackknife(longest=1e9).plan(waits), answering("last", gone, lie))
+    found, _ = run(ij(longest=1e9).plan(waits), answering("last", gone, lie))
     truth = {n: parts("last", list(range(50 * n, 50 * n + 50)), 2) for n in range(3)}
     liar = truth[2][1].sums["last"]
     # Of two honest lengths and a longer one the median is the longer honest one.
@@ -181,9 +218,9 @@ def test_a_gradient_far_longer_than_others_is_shortened():
 def test_a_correction_far_longer_than_what_it_corrects_is_refused():
     lie = of(0, lambda h, g: (h, scaled(g, 1e6)))
     with pytest.raises(ParametersError, match=r"more than 2 times what it corrects.*retrain"):
-        run(Jackknife().plan(there()), answering("last", lie=lie))
+        run(ij().plan(there()), answering("last", lie=lie))
     # One holder alone cannot be held against others, and the record says so.
-    found, _ = run(Jackknife().plan(there()), answering("last"))
+    found, _ = run(ij().plan(there()), answering("last"))
     assert (
         "unclipped: too few clients to compare, and what they sent was believed: gradient of 1"
         in (found.warnings)
@@ -198,8 +235,8 @@ def test_a_correction_far_longer_than_what_it_corrects_is_refused():
 def test_without_half_of_the_clients_or_the_holder_nothing_is_corrected():
     silent = answering("last")
     with pytest.raises(StatisticsError, match="somebody who holds"):
-        run(Jackknife().plan(there()),
+        run(ij().plan(there()),
             lambda who, question: None if who == client(0) else silent(who, question))  # fmt: skip
     with pytest.raises(StatisticsError, match="2 of 3 clients, and 1 sent some"):
-        run(Jackknife().plan(there()),
+        run(ij().plan(there()),
             lambda who, question: silent(who, question) if who == client(0) else None)  # fmt: skip

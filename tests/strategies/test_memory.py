@@ -129,6 +129,7 @@ def test_checkpoints_are_from_before_a_client_joined(tmp_path, where):
     assert same(found, model(2))
     assert memory.checkpoint({"d", "a"})[0] == 0
     assert memory.checkpoint({"never"})[0] == 0
+    assert memory.checkpoint({"never", "d"})[0] == 2  # who never took part undoes nothing
     memory.forget({"d"})
     assert list(memory.checkpoints) == [2]  # round 2 was before d
     memory.remember(played(4, a=1, e=1), ["a", "e"])

@@ -1101,7 +1101,7 @@ TABLE = {
     "rcad": ({R}, CC, "none", "routes"),
     "ffmu": ({Need.TARGET, F}, "samples", "conditional", "attackers events"),
     "sisa": ({Need.DROP}, "samples", "exact", "attackers federations routes"),
-    "ij": ({Need.TARGET, R, Y}, "samples", "none", "attackers events routes"),
+    "ij": ({Need.TARGET, R}, "samples", "none", "attackers events routes"),
 }
 
 

@@ -17,8 +17,9 @@ from client.task.models import prunable_layers, trained_tensors
 from client.task.protocol import ServerData
 from server.federation import build_federation, network_of
 from server.settings import read_settings
-from strategies.actions import Ascend, Selection, joined
+from strategies.actions import Ascend, Curvature, Selection, joined
 from tests.client.forgetting.small import CLASSES, Small, images, made
+from unlearning.errors import MissingNeedError
 
 FIXED = {"scale", "lift", "early.weight", "early.bias", "late.bias"}
 CHANNELS = ("activation-mask", "grad-mask", "tfidf")
@@ -97,6 +98,20 @@ def test_sums_of_squares_are_of_what_training_moves(trained):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-8)
 
 
+def test_the_diagonal_correction_is_of_what_training_moves(trained):
+    model, holding = trained
+    found = do(Curvature(forget="class", forget_class=0, scope="diag"), model, holding)
+    names = set(model) - FIXED
+    assert set(found.arrays) == {f"{g}/{n}" for g in ("hessian", "gradient") for n in names}
+    case = Case(Small(Partly), holding, model, model, holding.training, (), 0, None)
+    method = METHODS["ij"]
+    (after,) = method.run(method.settings(scope="diag"), case).models
+    check_fixed(after, model)
+    frozen = dataclasses.replace(holding, trained=holding.trained - {"head.bias"})
+    with pytest.raises(MissingNeedError, match=r"does not move head\.bias; set the scope to diag"):
+        do(Curvature(forget="class", forget_class=0, scope="last"), model, frozen)
+
+
 def test_the_server_is_told_what_training_moves():
     class Known(Small):
         def server_data(self):
@@ -105,7 +120,7 @@ def test_the_server_is_told_what_training_moves():
     for task in (Known(Partly), Small(Partly), None):
         model = Partly()
         federation = build_federation(read_settings({}), model, task)
-        for name in ("fisher-mask", "fisher-noise", "tfidf"):
+        for name in ("fisher-mask", "fisher-noise", "tfidf", "ij"):
             network = federation.forgetting.methods[name].network
             assert network.trained == set(state_of(model)) - FIXED
     assert network_of(Known(Partly), Partly()).head == ("head.weight", "head.bias")

@@ -220,3 +220,5 @@ def test_what_they_need_and_lack(trained):
     for settings in (Curvature(forget="all"), MacForget(forget="all")):
         with pytest.raises(MissingNeedError, match="one integer label a sample"):
             do(settings, other, numbers)
+    found = do(Curvature(forget="all", scope="diag"), other, numbers)  # the diagonal needs none
+    assert found.metrics == {"hessian-count": 20, "gradient-count": 5}
