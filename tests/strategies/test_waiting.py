@@ -132,7 +132,7 @@ def test_a_refusal_delays_only_whom_it_was_about():
     _, models = play(wrapped, clients.grid, 3)
     wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(1,)))
     records, models = play(wrapped, clients.grid, 4, played=3, model=models[-1])
-    assert "needs that holders answer" in records[0].unlearning.refused
+    assert "train.ascent needs an answer of everybody asked" in records[0].unlearning.refused
     clients.away.clear()
     wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(2,)))
     records, models = play(wrapped, clients.grid, 5, played=4, model=models[-1])
@@ -179,7 +179,7 @@ def test_requests_for_data_of_one_method_are_served_in_one_go_and_recovered_from
     before = models[-1]
     for number in (1, 2, 3):
         wrapped.request(asked_for("ascent", target=Target.SAMPLES, holders=(number,)))
-    clients.refuse["train.ascent"] = {2}
+    clients.away["train.ascent"] = {2}
     records, models = play(wrapped, clients.grid, 6, played=3, model=before)
     done = [r.unlearning for r in records if r.unlearning is not None]
     assert done[0].clients == (client(1), client(3))
