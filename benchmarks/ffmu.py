@@ -1,4 +1,4 @@
-"""FFMU beside FFMU-N and retraining on Fashion-MNIST: whether one model serves every removal.
+"""FFMU beside FFMU-N and retraining: whether one model serves every removal.
 
 ``python -m benchmarks.ffmu --help``. Seeds that are finished are kept, so that a run that was
 interrupted goes on where it was. What is expected, and of which scale, is ``methods`` 3.6.
@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 from benchmarks import figures
 from benchmarks import seeds as kept
 from benchmarks.engines import ROOT, one_line_errors
-from benchmarks.ffmu_page import Row, means, page, speedups, verdicts
+from benchmarks.ffmu_page import PRINTED, TASKS, Row, means, page, speedups, verdicts
 from benchmarks.membership import attack_auc
 from client.app import build_app, honest_job
 from client.contexts import partition_of
@@ -33,7 +33,7 @@ from client.task.evaluation import gather, load_state, predict, state_of
 from client.task.protocol import Task, TaskOptions, load_task, server_data
 from client.train import Job
 from server.federation import build_federation, initial_model
-from server.settings import Settings
+from server.settings import Settings, SettingsError
 from simulation.engines.inprocess import InProcessGrid
 from strategies.directory import client_name
 from strategies.ffmu import FFMU
@@ -183,12 +183,13 @@ def certificates(federation: Any, ratios: Mapping[str, Mapping[int, int]]) -> di
     return told
 
 
-def one_seed(seed: int, data_dir: str, examples: int) -> dict[str, Any]:
+def one_seed(seed: int, task_name: str, data_dir: str, examples: int) -> dict[str, Any]:
     """Train everything that one seed needs, and measure it."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    common = {**COMMON, "seed": seed, "data-dir": data_dir, "examples": examples}
-    every = {name: Settings.model_validate({**common, **own}) for name, own in TRAININGS.items()}
+    own = {"task": task_name, "seed": seed, "data-dir": data_dir, "examples": examples}
+    common = {**COMMON, **own}
+    every = {name: Settings.model_validate({**common, **its}) for name, its in TRAININGS.items()}
     options = every["FedAvg"].task_options()
     task = load_task(options)
     parts, network = Parts.of(task, seed), task.build_model()
@@ -216,7 +217,7 @@ def one_seed(seed: int, data_dir: str, examples: int) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- over seeds
-def result(seeds: list[dict[str, Any]], examples: int) -> dict[str, Any]:
+def result(seeds: list[dict[str, Any]], task: str, examples: int) -> dict[str, Any]:
     """Return everything that is told."""
     found = means(seeds)
     return {
@@ -228,13 +229,13 @@ def result(seeds: list[dict[str, Any]], examples: int) -> dict[str, Any]:
             "checked_rounds": CHECKED_ROUNDS,
         },
         "certifiable": CERTIFIABLE,
-        "settings": COMMON,
+        "settings": {**COMMON, "task": task},
         "environment": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "flwr")},
         },
         "means": found,
-        "verdicts": verdicts(found),
+        "verdicts": verdicts(found, PRINTED.get(task)),
         "speedup_vs_retrain": speedups(seeds),
         "seeds": seeds,
     }
@@ -247,7 +248,8 @@ def drawn(told: Mapping[str, Any]) -> str:
 
 def main(
     *,
-    data_dir: Annotated[str, typer.Option(help="Folder of Fashion-MNIST.")] = "",
+    task: Annotated[str, typer.Option(help=f"{' or '.join(TASKS)}.")] = "fashion-mnist",
+    data_dir: Annotated[str, typer.Option(help="Folder of the data set.")] = "",
     repetitions: Annotated[int, typer.Option("--seeds", min=1)] = 3,
     examples: Annotated[int, typer.Option(min=CLIENTS * 10)] = EXAMPLES,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = ROOT / "docs/results",
@@ -258,18 +260,21 @@ def main(
 ) -> None:
     """Train with FFMU, FFMU-N and without the removed samples, and write a table."""
     with one_line_errors():
+        if task not in TASKS:
+            raise SettingsError(f"--task {task}: choose {' or '.join(TASKS)}")
+        name = NAME if task == "fashion-mnist" else f"{NAME}-{task}"
         if redraw:
-            return kept.redraw(output, NAME, drawn)
+            return kept.redraw(output, name, drawn)
         found: list[dict[str, Any]] = []
         for seed in range(repetitions):
-            path = work / f"examples-{examples}-seed-{seed}.json"
+            path = work / f"{task}-examples-{examples}-seed-{seed}.json"
 
             def make(seed: int = seed) -> dict[str, Any]:
-                return one_seed(seed, data_dir, examples)
+                return one_seed(seed, task, data_dir, examples)
 
             found.append(kept.finished(path, make))
-            told = result(found, examples)
-            kept.write(output, NAME, told, page(told), drawn(told))
+            told = result(found, task, examples)
+            kept.write(output, name, told, page(told, f"{name}.svg"), drawn(told))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import math
 import statistics
 from typing import Any
 
-PRINTED = 84.55
-"""Test accuracy of FFMU in the paper, in per cent, at every ratio (Tables 1, 2, 5)."""
+TASKS = {"fashion-mnist": "Fashion-MNIST", "mnist": "MNIST"}
+PRINTED = {"fashion-mnist": 84.55}
+"""Test accuracy of FFMU in the paper, in per cent, at every ratio (Tables 1, 2, 5), by task."""
 
 Row = dict[str, float]
 
@@ -25,10 +26,13 @@ def means(seeds: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]
     }
 
 
-def verdicts(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+def verdicts(
+    found: dict[str, dict[str, dict[str, float]]], printed: float | None
+) -> list[dict[str, Any]]:
     """Return what is expected, what was found, and the verdict.
 
-    All removal ratios as expected: reproduced; some: direction; none: not reproduced.
+    All removal ratios as expected: reproduced; some: direction; none: not reproduced. ``printed``
+    is the paper's accuracy, if it has one.
     """
     ratios = list(found["Retrain"])
 
@@ -36,12 +40,10 @@ def verdicts(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, An
         return [found[name][r][measure] - found["Retrain"][r][measure] for r in ratios]
 
     accuracy, plain = apart("FFMU", "accuracy"), apart("FFMU-N", "accuracy")
-    printed = [found["FFMU"][ratio]["accuracy"] - PRINTED for ratio in ratios]
     same = {found["FFMU"][r]["accuracy"] for r in ratios}
     forgotten, retained = apart("FFMU", "error_f"), apart("FFMU", "error_r")
     claims: list[tuple[str, list[float], list[bool]]] = [
         ("test accuracy within 1.5 points of Retrain", accuracy, [abs(x) <= 1.5 for x in accuracy]),
-        ("test accuracy within 4 points of print", printed, [abs(x) <= 4 for x in printed]),
         ("the same test accuracy for every ratio", sorted(same), [len(same) == 1]),
         ("error_f within 2 points of Retrain", forgotten, [abs(x) <= 2 for x in forgotten]),
         ("error_r within 2 points of Retrain", retained, [abs(x) <= 2 for x in retained]),
@@ -51,6 +53,10 @@ def verdicts(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, An
             [abs(n) > abs(f) for n, f in zip(plain, accuracy, strict=True)],
         ),
     ]
+    if printed is not None:
+        away = [found["FFMU"][ratio]["accuracy"] - printed for ratio in ratios]
+        text = "test accuracy within 4 points of print"
+        claims.insert(1, (text, away, [abs(x) <= 4 for x in away]))
     return [
         {
             "expected": text,
@@ -86,15 +92,15 @@ def speedups(seeds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 INTRODUCTION = """\
 # FFMU beside FFMU-N and retraining
 
-Fashion-MNIST, an MLP with 64 hidden units, {clients} clients, {rounds} rounds of 2 local epochs
+{data}, an MLP with 64 hidden units, {clients} clients, {rounds} rounds of 2 local epochs
 with batches of 50, {examples} training examples in all, the whole test set, means over {seeds}
-seeds; `python -m benchmarks.ffmu` makes this page. The paper has a CNN, 100 clients, 200 rounds and
-60,000 examples: the scale here is smaller. FedAvg is trained on everything, Retrain is FedAvg
-without the removed samples, with the same budget and learning rates. In per cent, but for the AUC
-of an attack that takes samples with a small loss for members (removed samples against test data;
-0.5 is a guess, and Retrain's is what a model has that never saw them).
+seeds; `python -m benchmarks.ffmu --task {task}` makes this page. The paper has a CNN, 100
+clients, 200 rounds and 60,000 examples: the scale here is smaller. FedAvg is trained on
+everything, Retrain is FedAvg without the removed samples, with the same budget and learning rates.
+In per cent, but for the AUC of an attack that takes samples with a small loss for members (removed
+samples against test data; 0.5 is a guess, and Retrain's is what a model has that never saw them).
 
-![Certified steps, and the error on what was removed](ffmu.svg)
+![Certified steps, and the error on what was removed]({figure})
 
 | removed | method | test accuracy | error_f | error_r | attack AUC |
 |---|---|---|---|---|---|
@@ -129,10 +135,11 @@ requests that are certified: the others have to be served by a method that forge
 """
 
 
-def page(told: dict[str, Any]) -> str:
+def page(told: dict[str, Any], figure: str) -> str:
     """Return the page in Markdown."""
     seeds = told["seeds"]
-    text = INTRODUCTION.format(**told["scale"])
+    task = told["settings"]["task"]
+    text = INTRODUCTION.format(**told["scale"], data=TASKS[task], task=task, figure=figure)
     for ratio in told["means"]["Retrain"]:
         for name in ("Retrain", "FedAvg", "FFMU", "FFMU-N"):
             row = told["means"][name][ratio]
