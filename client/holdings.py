@@ -65,7 +65,7 @@ def list_forgotten(client_dir: ClientDir, partition: Partition = -1, as_json: Js
     """Show what is never trained on again, since which round, and for which request."""
     from client.keeping import Keeping  # noqa: PLC0415  with torch, slow to import
 
-    forgotten = Keeping(_folder(client_dir, partition)).forgotten()
+    forgotten = Keeping(_there(client_dir, partition)).forgotten()
     if as_json:
         typer.echo(json.dumps(forgotten.model_dump(), indent=2))
         return
@@ -92,6 +92,7 @@ def check(
     from client.task.protocol import size_of  # noqa: PLC0415
 
     keeping, examples = _opened(client_dir, task, settings, partition, partitions)
+    _there(client_dir, partition)
     trained = keeping.without_forgotten(examples)
     wrong = 0
     if size_of(trained):  # a copy, whose contents nobody has hashed
@@ -212,6 +213,17 @@ def _options(task: str, settings: list[str]) -> "TaskOptions":
 
 def _folder(client_dir: Path, partition: int) -> Path:
     return client_dir if partition < 0 else client_dir / str(partition)
+
+
+def _there(client_dir: Path, partition: int) -> Path:
+    """Return a folder that a client keeps something in; of a wrong one nothing could be said."""
+    folder = _folder(client_dir, partition)
+    if not any((folder / name).exists() for name in ("forgotten.json", "tokens.json")):
+        raise HoldingsError(
+            f"{folder} holds no list of what is forgotten and no tokens; give the folder of a "
+            "client as --client-dir, and for a simulated one --partition"
+        )
+    return folder
 
 
 def _numbers(text: str) -> list[int]:

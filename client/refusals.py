@@ -8,14 +8,14 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from client.task.protocol import EVERYTHING, REFUSABLE, TaskOptions, refused
 from strategies import messages
 from strategies.actions import name_of
-from unlearning.errors import RefusedRequestError
+from unlearning.errors import RefusedRequestError, SecateurError
 
 
 def refusals(options: Callable[[Context], TaskOptions]) -> Mod:
     """Return a Flower mod that answers what is refused, by the owner or on the way, as such.
 
     An error reply of its own: the text of an exception is lost on some engines, and a server could
-    not tell it from a crash.
+    not tell it from a crash. What cannot be done for a reason that is known is answered so, too.
     """
 
     def refuse(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -23,8 +23,8 @@ def refusals(options: Callable[[Context], TaskOptions]) -> Mod:
             if is_refusable(message):
                 check_allowed(message, options(context).refuse)
             return call_next(message, context)
-        except RefusedRequestError as error:
-            return messages.refusal(message, error)
+        except SecateurError as error:
+            return messages.failure(message, error)
 
     return refuse
 

@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from client.app import MakeJob, build_app, honest_job
+from client.files import prepare_folder
 from client.task.evaluation import state_of
 from client.task.protocol import Task, load_task
 from server.federation import TEST, build_federation, initial_model
@@ -106,9 +107,16 @@ def with_folder(scenario: Scenario) -> Iterator[Scenario]:
 
     Where it names none, one is made, and removed at the end. To be entered before anything is made
     of the scenario: equal settings find the same task.
+
+    Raises
+    ------
+    SecateurError
+        If the folder named cannot be written to.
     """
     if scenario.settings.client_dir:  # engines' processes may work elsewhere
-        yield _in_folder(scenario, Path(scenario.settings.client_dir).resolve())
+        own = Path(scenario.settings.client_dir).resolve()
+        prepare_folder(own, (), "client-dir")
+        yield _in_folder(scenario, own)
     elif scenario.keeps:
         with tempfile.TemporaryDirectory(prefix="secateur-clients-") as folder:
             yield _in_folder(scenario, Path(folder))

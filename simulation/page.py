@@ -252,7 +252,19 @@ def _story(facts: Facts) -> Iterator[str]:
         if natural is not None:
             text += f"; had they only been left out, {percent(natural)}"
         yield text + "."
+    yield from marks_told(facts.report)
     yield from _accuracy(facts)
+
+
+def marks_told(report: Mapping[str, Any]) -> Iterator[str]:
+    """Say what clients that marked rows say of their marks."""
+    for unlearning in report["unlearnings"]:
+        for marks in unlearning["marks"]:
+            why = f" ({marks['reason']})" if marks["reason"] else ""
+            yield (
+                f"{marks['client']} checked whether the marks that it left are gone, which is its "
+                f"word alone: {marks['result']}{why}."
+            )
 
 
 def _opening(facts: Facts) -> str:

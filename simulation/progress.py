@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from server.federation import TEST
+from simulation.page import marks_told
 from simulation.probes import BACKDOOR, FLIP
 from simulation.scenario import Scenario
 from strategies.records import RoundRecord
@@ -182,6 +183,10 @@ def summary(report: dict[str, Any], folder: Path) -> None:
                 f"{_rounds(unlearning['recovery_rounds'])} ({unlearning['recovery_ended_by']}"
                 + (f", bound {bound})" if bound is not None else ")")
             )
+        elif unlearning["refused"] is None:
+            console.print(f"{unlearning['method']} in round {unlearning['round']}: exactly")
+    for text in marks_told(report):
+        console.print(escape(text))
     needed = report["retrain_rounds_needed"]
     if needed is not None:
         console.print(f"retraining needed {needed} rounds to reach the accuracy before")

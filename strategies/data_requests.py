@@ -91,8 +91,12 @@ class DataRequests:
     ) -> None:
         """Put a request on the waiting list; of ``active`` clients all where it names none.
 
-        ``dropped`` is what its holders have dropped of it already.
+        ``dropped`` is what its holders have dropped of it already. What waits already does not wait
+        twice.
         """
+        if any(entry.request == request for entry in self._forgetting.pending):
+            log.info("round %d: the same request waits already", number)
+            return
         self._forgetting.wait(
             request.clients or active,
             request.cause,
@@ -154,8 +158,10 @@ class DataRequests:
         """
         failed: list[tuple[Pending, SecateurError]] = []
         self._just_asked = set()
-        for entry in self._forgetting.pending:
+        for entry in [*self._forgetting.pending]:
             if entry.selection is None or entry.dropped is None or entry.ready:
+                continue
+            if self._goes_with_its_holders(entry):
                 continue
             self._just_asked.add(entry.selection)
             asks = carrier.asks
@@ -261,6 +267,26 @@ class DataRequests:
             again = known.dropped.intersection(clients)
             known.asked |= again
             known.dropped -= again
+
+    def _goes_with_its_holders(self, entry: Pending) -> bool:
+        """Say whether all who hold it were, or are to be, forgotten exactly, and it with them.
+
+        It is withdrawn once they were. A method that replays serves it along with theirs.
+        """
+        if everywhere(entry) or METHODS[entry.method].replays:
+            return False
+        if set(entry.clients) <= self._forgetting.exactly:
+            self._forgetting.withdraw([entry])
+            self._excuse(entry)
+            log.info("%s went with %s", told(entry), ", ".join(entry.clients))
+            return True
+        leaving = {
+            client
+            for other in self._forgetting.pending
+            if other.selection is None and METHODS[other.method].guarantee == "exact"
+            for client in other.clients
+        }
+        return set(entry.clients) <= leaving | self._forgetting.exactly
 
     def _excuse(self, entry: Pending) -> None:
         """Let those be who have not dropped what was withdrawn."""

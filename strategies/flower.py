@@ -10,6 +10,8 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from unlearning.errors import SecateurError
+
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1000
 """Node ids of simulated clients start here; the SuperLink's own must not be among them."""
 
@@ -73,8 +75,9 @@ def reply_to(message: Message, content: RecordDict) -> Message:
 
 
 def error_reply(message: Message, raised: Exception) -> Message:
-    """Return the reply that Flower makes of an exception in a ClientApp."""
-    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(raised)}:<'{raised}'>")
+    """Return the reply that Flower makes of an exception in a ClientApp; of our own, their text."""
+    text = str(raised) if isinstance(raised, SecateurError) else f"{type(raised)}:<'{raised}'>"
+    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text)
     return Message(error, reply_to=message)
 
 

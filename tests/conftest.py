@@ -1,6 +1,7 @@
 """What tests share: tiny models, and scripted clients on an in-process Grid."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -19,6 +20,15 @@ Reply = Callable[[int, int, Model], RecordDict]
 def _one_thread() -> None:
     """Threads cost more than they give on tensors this small."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _loud_log() -> Iterator[None]:
+    """Commands quieten Flower's log; what a test expects there is not for them to take away."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -126,7 +126,8 @@ def loss_on_markers(own: Own, model: Parameters, marked: Marked) -> float:
     if lost := sum(content not in place for content in marked.labels):
         raise MissingNeedError(
             f"{lost} of {len(marked.labels)} markers are no rows of this client any more, or are "
-            "forgotten: losses would not be of the same rows"
+            "forgotten: losses would not be of the same rows; of a simulated client its partition "
+            "says which rows are its own"
         )
     rows = torch.tensor([place[content] for content in marked.labels])
     targets = own.rows[1][rows].clone()

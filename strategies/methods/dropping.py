@@ -48,5 +48,6 @@ def described(selection: Selection) -> str:
         case "class":
             return f"class {selection.forget_class}"
         case "samples":
-            return f"{len(selection.tokens)} samples"
+            count = len(selection.tokens)
+            return "1 sample" if count == 1 else f"{count} samples"
     return "all its data"

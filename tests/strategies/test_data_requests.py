@@ -185,7 +185,7 @@ def test_before_every_method_all_holders_drop_and_stay(name, target):
     done = records[0].unlearning
     named = tuple(map(client, holders)) or ALL
     assert (done.refused, done.method, done.clients) == (None, name, named)
-    assert done.targets == (("class 1",) if target is Target.CLASS else ("1 samples",))
+    assert done.targets == (("class 1",) if target is Target.CLASS else ("1 sample",))
     assert records[0].phase is Phase.UNLEARN
     assert not same(models[0], models[1])
     # All holders drop before round 4 is trained, if all are willing; then the method asks.
@@ -330,7 +330,7 @@ def test_only_what_was_refused_is_withdrawn():
     records, _ = play(wrapped, clients.grid, 6, played=3, model=models[-1])
     done = records[0].unlearning
     assert (done.refused, done.clients) == (None, (client(1), client(4)))
-    (why,) = [text for text in done.warnings if text.startswith("not forgotten: 1 samples: ")]
+    (why,) = [text for text in done.warnings if text.startswith("not forgotten: 1 sample: ")]
     assert "client-0003" in why
     assert "its owner does not allow it" in why
     assert wrapped.forgetting.pending == []
@@ -563,7 +563,7 @@ def test_every_refusal_of_a_round_is_told():
     records, _ = play(wrapped, clients.grid, 4, played=3, model=models[-1])
     first = records[0].unlearning
     assert "client-0001" in first.refused
-    (other,) = [text for text in first.warnings if text.startswith("not forgotten: 1 samples")]
+    (other,) = [text for text in first.warnings if text.startswith("not forgotten: 1 sample")]
     assert "client-0003" in other
     assert first.rounds_asked == 1  # each was asked once, for its own
     assert wrapped.forgetting.pending == []
