@@ -12,7 +12,6 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from server.federation import TEST
-from simulation.page import marks_told
 from simulation.probes import BACKDOOR, FLIP
 from simulation.scenario import Scenario
 from strategies.records import RoundRecord
@@ -159,6 +158,8 @@ def events(record: RoundRecord) -> list[str]:
 
 def summary(report: dict[str, Any], folder: Path) -> None:
     """Print the result."""
+    from simulation.page import marks_told  # noqa: PLC0415  with figures, slow to import
+
     console = Console()
     table = Table(title=f"{report['scenario']}, seed {report['seed']}", title_justify="left")
     attack = next(
