@@ -51,7 +51,7 @@ def comparison():
     trials = made.play(InProcessGrid(client_app(made.scenario), scenario.clients.total))
     trials[0].refused = "too few honest clients are left, and the reason is a long one " * 3
     again = [replace(trial, seed=1) for trial in trials]
-    described = describe(made, named=False)
+    described = describe(made)
     return compare_page.render(document(described, [made, second], [*trials, *again]))
 
 
