@@ -212,7 +212,7 @@ class Statistics(Selection):
     """Sums over the selected rows and over the others (``methods`` 2.11, 5).
 
     The answer carries ``joined(forget=..., remain=...)`` and the metrics ``forget-count`` and
-    ``remain-count``; of ``classes``, ``joined(**{"0": ..., "1": ...})`` with ``count-0``, ... .
+    ``remain-count``; of ``classes``, ``joined(**{"0": ..., "1": ...})`` with ``0-count``, ... .
     """
 
     action = "query.statistics"

@@ -221,9 +221,7 @@ class DataRequests:
         known = self._forgotten.get(selection)
         never = known.dropped if known is not None and known.everywhere else set()
         return all(
-            entry.dropped.concerned <= self._exactly[part] | never
-            if part in self._exactly
-            else False
+            part in self._exactly and entry.dropped.concerned <= self._exactly[part] | never
             for part in parts(entry)
         )
 

@@ -118,9 +118,7 @@ class Marking:
             if leaver is None or message.metadata.message_type != messages.TRAIN:
                 continue
             leaver.asked, action = number, leaver.action()
-            config = ConfigRecord({**message.content.config_records[messages.CONFIG]})
-            config.update(action.config())
-            message.content = RecordDict({**message.content, messages.CONFIG: config})
+            messages.tell(message, action.config())
             message.metadata.message_type = action.action
         return list(outgoing)
 

@@ -6,7 +6,7 @@ reply only ``metrics``. Nothing else in Secateur names a record key.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -141,6 +141,15 @@ def train_reply(
 def evaluate_reply(metrics: Mapping[str, int | float], num_examples: int) -> RecordDict:
     """Build the content of a reply to ``evaluate``."""
     return RecordDict({METRICS: MetricRecord({**metrics, NUM_EXAMPLES: num_examples})})
+
+
+def tell(message: Message, settings: Mapping[str, Any]) -> None:
+    """Add settings to what a message says in ``config``.
+
+    Records are not written to: other messages may share them.
+    """
+    config = ConfigRecord({**cast(ConfigRecord, message.content[CONFIG]), **settings})
+    message.content = RecordDict({**message.content, CONFIG: config})
 
 
 def refusal(message: Message, why: object) -> Message:

@@ -7,7 +7,7 @@ bring back what is forgotten, and only somebody who saw the newer one can tell.
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from strategies import messages
@@ -57,10 +57,7 @@ class Reminders:
                 continue
             entries = self._entries.get(self._directory.client(message.metadata.dst_node_id), 0)
             if entries:
-                config = cast(Any, message.content[messages.CONFIG])
-                content = {**message.content}
-                content[messages.CONFIG] = ConfigRecord({**config, messages.ENTRIES: entries})
-                message.content = RecordDict(content)
+                messages.tell(message, {messages.ENTRIES: entries})
         return told
 
     def on(self, grid: Grid) -> Grid:

@@ -1,9 +1,9 @@
 """What clients that keep a batch log are told: their shares, and what was taken back."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 
 from strategies import messages
 from strategies.directory import Directory
@@ -41,11 +41,7 @@ class Shares:
         for message in outgoing if self.on else ():
             client = self._directory.client(message.metadata.dst_node_id)
             if told := self.told(client):
-                config = cast(Any, message.content[messages.CONFIG])
-                arrays = message.content[messages.ARRAYS]
-                message.content = RecordDict(
-                    {messages.ARRAYS: arrays, messages.CONFIG: ConfigRecord({**config, **told})}
-                )
+                messages.tell(message, told)
             self.asked(client, number)
         return list(outgoing)
 

@@ -341,17 +341,16 @@ class Unlearning(Strategy):
         checking = self.marking.busy(self.record.number)
         return waiting or checking or self.recovery.current is not None
 
-    def route(self, request: Request) -> Route:
+    def route(self, request: Request, passed: Collection[str] = ()) -> Route:
         """Return how a request would be served; nothing is changed.
+
+        ``passed`` are methods that turned out not to serve it.
 
         Raises
         ------
         RefusedRequestError
             If it would not be; one of its kinds.
         """
-        return self._route(request)
-
-    def _route(self, request: Request, passed: Collection[str] = ()) -> Route:
         trains = isinstance(self.strategy, FFMU)
         why = self._uncertifiable
         return self.forgetting.route(
@@ -465,21 +464,14 @@ class Unlearning(Strategy):
     def _others_in_last_round(self, clients: Sequence[str]) -> Parameters:
         """Return the aggregate of everybody else in the last round, as far as it is remembered."""
         last = self.memory.last
-        retained = (
-            []
-            if last is None
-            else [
-                client
-                for client in sorted(last.locals_)
-                if client not in clients and self.roster.may_take_part(client)
-            ]
-        )
-        if last is None or not retained:
+        if last is None:
             return self._previous
         answers = [
-            Answer(client, last.locals_[client], {}, last.weights[client]) for client in retained
+            Answer(client, last.locals_[client], {}, last.weights[client])
+            for client in sorted(last.locals_.keys() - set(clients))
+            if self.roster.may_take_part(client)
         ]
-        return federated_average(last.number, last.previous, answers)
+        return federated_average(last.number, last.previous, answers) if answers else self._previous
 
     def _check_names(self, request: Request) -> None:
         unknown = sorted(set(request.clients) - set(self.directory.clients()))
@@ -643,10 +635,8 @@ class Unlearning(Strategy):
         self.forgettings += 1
         if record.method == CERTIFIED:
             self.data.certify(served)
-        if (
-            outcome.exact and outcome.origin is not None
-        ):  # what the strategy remembers now is what it would have without them
-            self.strategy = carrier.strategy
+        if outcome.exact and outcome.origin is not None:
+            self.strategy = carrier.strategy  # it remembers what it would have without them
             self.data.start_anew()
         self.record.unlearning = record
         self.record.phase = Phase.UNLEARN
@@ -710,7 +700,7 @@ class Unlearning(Strategy):
         self.shares.mixed_up(carrier.trained)  # in rounds that do not count
         record.refused = str(error)
         self.forgetting.refuse(number, due, asked=asks > 0)
-        self.data.find_others(due, error, self._route, self._active(), number, self._previous)
+        self.data.find_others(due, error, self.route, self._active(), number, self._previous)
         self.forgettings += asks > 0  # they were told, and must be told anew
         if not known:  # said once where it costs nothing to try again in every round to come
             self._refusals.append(f"{', '.join(record.targets)}: {error}")

@@ -149,8 +149,7 @@ def undiluted(parts: Sequence[Statistics], factor: float = CLIP) -> list[Statist
     ParametersError
         If the factor is out of range.
     """
-    _check_factor(factor)
-    telling = [part for part in parts if part.count]
+    telling = _telling(parts, factor)
     if len(telling) < COMPARABLE:
         return list(parts)
     least = _median_norm(telling) / factor
@@ -195,8 +194,7 @@ def clipped_to_median(parts: Sequence[Statistics], factor: float = CLIP) -> Clip
     ParametersError
         If the factor is out of range.
     """
-    _check_factor(factor)
-    telling = [part for part in parts if part.count]
+    telling = _telling(parts, factor)
     if len(telling) < COMPARABLE:
         return Clipped(list(parts), 0.0, len(telling))
     weights = _weights(telling)
@@ -237,8 +235,7 @@ def clipped_by_norm(parts: Sequence[Statistics], factor: float = CLIP) -> Clippe
     ParametersError
         If the factor is out of range.
     """
-    _check_factor(factor)
-    telling = [part for part in parts if part.count]
+    telling = _telling(parts, factor)
     if len(telling) < COMPARABLE:
         return Clipped(list(parts), 0.0, len(telling))
     limit = factor * _median_norm(telling)
@@ -273,9 +270,11 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
     return ordered.gather(0, first.unsqueeze(0)).squeeze(0)
 
 
-def _check_factor(factor: float) -> None:
+def _telling(parts: Sequence[Statistics], factor: float) -> list[Statistics]:
+    """Return the parts that have samples, once the factor is seen to be in range."""
     if not (math.isfinite(factor) and factor >= 1):
         raise ParametersError(f"averages are clipped at 1 or more medians, got {factor}")
+    return [part for part in parts if part.count]
 
 
 def _weights(telling: Sequence[Statistics]) -> Tensor:

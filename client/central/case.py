@@ -11,12 +11,14 @@ from client.central.log import Log
 from client.central.settings import SettingsError, Training
 from client.forgetting.holding import classes_of
 from client.forgetting.interface import Holding, Rows
+from client.forgetting.steps import do
 from client.task.evaluation import accuracy_of, gather
 from client.task.protocol import Split, Task, server_data, size_of
-from strategies.actions import Selection
+from strategies.actions import Selection, parted
 from unlearning.errors import MissingNeedError
 from unlearning.metrics import accuracy
 from unlearning.parameters import Parameters
+from unlearning.sums import Statistics
 
 Tell = Callable[[str, float], None]
 """Told of a stage, and of the share of it that is done."""
@@ -156,6 +158,15 @@ class Made:
 def selected(settings: dict[str, Any], kind: type[Selection], case: Case) -> Any:
     """Return the settings of an action about the case's rows."""
     return kind.model_validate({**settings, **case.selection})
+
+
+def sums_of(kind: type[Selection], settings: dict[str, Any], case: Case) -> dict[str, Statistics]:
+    """Return a holder's sums by group, as a federation's server would get them."""
+    outcome = do(selected(settings, kind, case), case.model, case.holding)
+    return {
+        group: Statistics(sums, int(outcome.metrics[f"{group}-count"]))
+        for group, sums in parted(outcome.arrays).items()
+    }
 
 
 # ---------------------------------------------------------------- measures

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from client.central.case import Case, Made, selected
+from client.central.case import Case, Made, sums_of
 from client.forgetting.statistics import structure_for
-from client.forgetting.steps import do
 from strategies import actions
 from strategies.methods.settings import Blur, Channels, Fisher, Share, TfIdf
 from unlearning import tfidf
@@ -26,14 +25,8 @@ TIES = "ties_decide: all scores are equal, so that the order of entries decides 
 
 
 def statistics(kind: str, case: Case, most_samples: int) -> dict[str, Statistics]:
-    """Return a holder's sums, as a federation's server would get them."""
-    asked = selected({"kind": kind, "most_samples": most_samples}, actions.Statistics, case)
-    outcome = do(asked, case.model, case.holding)
-    named = "count-{}" if kind == "classes" else "{}-count"
-    return {
-        group: Statistics(sums, int(outcome.metrics[named.format(group)]))
-        for group, sums in actions.parted(outcome.arrays).items()
-    }
+    """Return a holder's sums of one kind."""
+    return sums_of(actions.Statistics, {"kind": kind, "most_samples": most_samples}, case)
 
 
 def _both(found: dict[str, Statistics]) -> tuple[Statistics, Statistics | None]:

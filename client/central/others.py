@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from client.central.case import Case, Made, selected
+from client.central.case import Case, Made, selected, sums_of
 from client.central.training import fit, training_rate
 from client.forgetting.interface import Holding
 from client.forgetting.rounds import noisy_settings, unsure
@@ -16,7 +16,6 @@ from strategies.methods.settings import Keys
 from unlearning import jackknife, noisy_descent, sisa
 from unlearning.parameters import Parameters, byte_size, copied, trained_part
 from unlearning.randomness import generator
-from unlearning.sums import Statistics
 
 
 class Sisa(Keys):
@@ -190,13 +189,8 @@ def influence(settings: Jackknife, case: Case) -> Made:
     """Correct the model linearly, once, for the rows that go."""
     told = jackknife.warning(len(case.rows), case.all_rows)
     warnings = () if told is None else (told,)
-    asked = selected({"scope": settings.scope}, actions.Curvature, case)
-    outcome = do(asked, case.model, case.holding)
-    parts = actions.parted(outcome.arrays)
-    hessian, gradient = (
-        Statistics(parts[group], int(outcome.metrics[f"{group}-count"]))
-        for group in ("hessian", "gradient")
-    )
+    found = sums_of(actions.Curvature, {"scope": settings.scope}, case)
+    hessian, gradient = found["hessian"], found["gradient"]
     if settings.scope == "diag":
         own = trained_part(case.model, case.holding.trained)
         moved = jackknife.corrected_diagonally(own, gradient, hessian, settings.damping)

@@ -66,7 +66,7 @@ def statistics(settings: Settings, model: Parameters, holding: Holding) -> Outco
             per_class = _Channels(model, holding).by_class(both, classes)
             return Outcome(
                 joined(**{str(place): part.sums for place, part in enumerate(per_class)}),
-                {f"count-{place}": part.count for place, part in enumerate(per_class)},
+                {f"{place}-count": part.count for place, part in enumerate(per_class)},
             )
     return Outcome(
         joined(**{name: part.sums for name, part in found.items()}),

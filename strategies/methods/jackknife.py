@@ -11,7 +11,7 @@ from strategies.memory import Memory
 from strategies.methods.interface import UNKNOWN, Network, Situation, Unlearned
 from strategies.methods.survey import Findings, Survey, conduct, squares_of
 from unlearning import jackknife
-from unlearning.entry import Need
+from unlearning.catalogue import Need
 from unlearning.errors import MissingNeedError
 from unlearning.parameters import Parameters, copied, trained_part
 from unlearning.plan import Plan

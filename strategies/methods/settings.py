@@ -10,7 +10,7 @@ client's step are the step's own (``strategies.actions``).
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -26,7 +26,7 @@ from strategies.actions import (
     Rcad,
     Selection,
 )
-from strategies.methods.holders import Ball, Holders, ascending, flipping, macforget
+from strategies.methods.holders import ascending, climbing, flipping, macforget
 from strategies.methods.interface import Method, Network
 from strategies.methods.jackknife import Jackknife
 from strategies.methods.masks import ClassDiscriminative, Mask, Noise
@@ -187,22 +187,13 @@ def _mask(name: str) -> Callable[[Network, Given], Method]:
     return lambda network, given: Mask(name=name, network=network, **given)
 
 
-def _holders(make: Callable[..., Holders]) -> Callable[[Network, Given], Method]:
-    def configured(network: Network, given: Given) -> Method:
-        step = {name: value for name, value in given.items() if name != "strength"}
-        return replace(make(**step), strength=given.get("strength", Holders.strength))
-
-    return configured
+def _plain(make: Callable[..., Method]) -> Callable[[Network, Given], Method]:
+    return lambda network, given: make(**given)
 
 
 def _pruning(network: Network, given: Given) -> Method:
     renamed = {("norm" if name == "bn" else name): value for name, value in given.items()}
     return ClassDiscriminative(network=network, **renamed)
-
-
-def _ball(network: Network, given: Given) -> Method:
-    step = {name: value for name, value in given.items() if name != "radius"}
-    return Ball(radius=given.get("radius", "random"), settings=step)
 
 
 CONFIGURABLE: dict[str, Configurable] = {
@@ -213,14 +204,14 @@ CONFIGURABLE: dict[str, Configurable] = {
     "fisher-noise": Configurable(Blur, lambda network, given: Noise(network=network, **given)),
     "tfidf": Configurable(TfIdf, _pruning),
     "ij": Configurable(Linear, lambda network, given: Jackknife(network=network, **given)),
-    "ascent": Configurable(_step(Strength, Ascent), _holders(ascending)),
-    "label-flip": Configurable(_step(Strength, LabelFlip), _holders(flipping)),
-    "macforget": Configurable(_step(Strength, MacForget), _holders(macforget)),
-    "pga": Configurable(_step(Radius, Ascend), _ball),
-    "rapid-retraining": Configurable(_rounds(Rapid, 0.5), lambda network, given: rapid(**given)),
-    "noisy-gd": Configurable(_rounds(Noisy, 0.2), lambda network, given: noisy(**given)),
-    "rcad": Configurable(_rounds(Rcad, 1.0), lambda network, given: rcad(**given)),
-    "verifi": Configurable(Strong, lambda network, given: ScaleToUnlearn(**given)),
+    "ascent": Configurable(_step(Strength, Ascent), _plain(ascending)),
+    "label-flip": Configurable(_step(Strength, LabelFlip), _plain(flipping)),
+    "macforget": Configurable(_step(Strength, MacForget), _plain(macforget)),
+    "pga": Configurable(_step(Radius, Ascend), _plain(climbing)),
+    "rapid-retraining": Configurable(_rounds(Rapid, 0.5), _plain(rapid)),
+    "noisy-gd": Configurable(_rounds(Noisy, 0.2), _plain(noisy)),
+    "rcad": Configurable(_rounds(Rcad, 1.0), _plain(rcad)),
+    "verifi": Configurable(Strong, _plain(ScaleToUnlearn)),
 }
 """Others have keys of the run's own (FedUP, drift, FedEraser, FAST) or nothing to set."""
 

@@ -63,7 +63,7 @@ class Survey:
         What is to be forgotten at a client -> the question.
     groups
         Name of a set of rows -> tensors of the names and shapes of its sums. The answer carries
-        ``joined`` groups, and the metric ``GROUP-count`` or ``count-GROUP`` says how many rows.
+        ``joined`` groups, and the metric ``GROUP-count`` says how many rows.
     forgotten
         The group of rows to forget, without which the method can do nothing; ``None`` where it
         needs none.
@@ -136,7 +136,7 @@ class Survey:
         sent = parted(answer.arrays or {})
         found = {}
         for group, like in self.groups.items():
-            count = answer.metrics.get(f"{group}-count", answer.metrics.get(f"count-{group}", 0))
+            count = answer.metrics.get(f"{group}-count", 0)
             if not float(count).is_integer():
                 raise ParametersError(f"a number of rows is whole, and {count} is not")
             bounds = [self.most, held if group == self.forgotten else None]

@@ -234,7 +234,7 @@ def test_statistics_are_of_the_selected_rows_and_of_the_others(kind, data, tmp_p
     assert metrics.pop("rows") == chosen
     assert weight == len(targets)
     if kind == "classes":
-        assert metrics == {f"count-{u}": int((targets == u).sum()) for u in range(10)}
+        assert metrics == {f"{u}-count": int((targets == u).sum()) for u in range(10)}
         assert parted(found).keys() == {str(u) for u in range(10)}
     elif kind == "gradients":
         assert metrics == {"forget-count": chosen}

@@ -58,12 +58,12 @@ def total(parts, like):
             for name, t in like.items()}  # fmt: skip
 
 
-def answering(groups, like, *, name=None):
+def answering(groups, like):
     """Clients with lists of rows per group: ``groups[client][group]``."""
 
     def reply(who, question):
         held = groups[int(who[-4:])]
-        counts = {(name or "{}-count").format(group): len(part) for group, part in held.items()}
+        counts = {f"{group}-count": len(part) for group, part in held.items()}
         sums = {group: total(part, like) for group, part in held.items()}
         return Answer(who, joined(**sums), counts, 100)  # all have as many rows, and more
 
@@ -150,7 +150,7 @@ def channels(kind, seed=3):
         {group: rows(LIKE, 2 + n, seed + 10 * n + place) for place, group in enumerate(groups)}
         for n in range(3)
     ]
-    reply = answering(held, LIKE, name="count-{}" if kind == "tfidf" else None)
+    reply = answering(held, LIKE)
     made = (
         ClassDiscriminative(network=NETWORK, rate=2 * RATE)
         if kind == "tfidf"
@@ -207,7 +207,7 @@ def test_tf_idf_by_hand():
 
     def reply(who, question):
         sums = {str(u): {"first": torch.tensor(v)} for u, v in enumerate(classes)}
-        return Answer(who, joined(**sums), {"count-0": 1, "count-1": 1}, 1)
+        return Answer(who, joined(**sums), {"0-count": 1, "1-count": 1}, 1)
 
     network = Network((Convolution("first"),), (), 2)
     made = ClassDiscriminative(network=network, rate=0.5)
@@ -399,7 +399,7 @@ def test_a_liar_moves_a_mask_no_further_than_ten_medians(name, group):
     groups = {"grad-mask": ("forget",), "tfidf": ("0", "1")}.get(name, ("forget", "remain"))
     chosen = groups[min(group, len(groups) - 1)]
     held = [{g: rows(like, 3, 7 * n + p) for p, g in enumerate(groups)} for n in range(4)]
-    honest = answering(held, like, name="count-{}" if name == "tfidf" else None)
+    honest = answering(held, like)
     averages = [means(part[chosen], like) for part in held]
     largest = max(range(4), key=lambda n: float(averages[n][next(iter(like))].sum()))
 
@@ -629,13 +629,13 @@ def test_zeros_claimed_over_many_rows_do_not_cancel_a_mask():
 @pytest.mark.parametrize("name", ["activation-mask", "grad-mask", "tfidf"])
 def test_channels_too(name):
     made, reply, _ = channels(name)
-    group, count = ("1", "count-1") if name == "tfidf" else ("forget", "forget-count")
+    group = "1" if name == "tfidf" else "forget"
     start = situation(waiting((0, 1, 2)), start=images())
     lies = [
         {f"{group}__second": torch.tensor([math.nan, 1.0])},
         {f"{group}__second": torch.ones(3)},
-        {"metrics": {count: 2001}},
-        {"metrics": {count: 0.5}},
+        {"metrics": {f"{group}-count": 2001}},
+        {"metrics": {f"{group}-count": 0.5}},
     ]
     if name != "grad-mask":
         lies.append({f"{group}__second": torch.tensor([-1.0, 1.0])})
@@ -644,7 +644,7 @@ def test_channels_too(name):
         found, _ = run(made.plan(start), changed(reply, **lie))
         same(found.masks, expected.masks)
         assert "client-0001: no usable statistics" in found.warnings[0]
-    for fine in [{"metrics": {count: 2000}},
+    for fine in [{"metrics": {f"{group}-count": 2000}},
                  *[{"forget__second": torch.tensor([-1.0, 1.0])}] * (name == "grad-mask")]:  # fmt: skip
         found, _ = run(made.plan(start), changed(reply, **fine))
         assert found.settings["clients"] == 3
@@ -684,7 +684,7 @@ def test_tf_idf_silences_a_channel_where_it_is_read_and_normalised(norm):
 
     def reply(who, question):
         sums = {str(u): {"first": torch.tensor(v)} for u, v in enumerate(classes)}
-        return Answer(who, joined(**sums), {"count-0": 1, "count-1": 1}, 1)
+        return Answer(who, joined(**sums), {"0-count": 1, "1-count": 1}, 1)
 
     made = ClassDiscriminative(network=network, rate=0.3, norm=norm)
     found, _ = run(made.plan(situation(waiting((0,)), active=(0,), start=start)), reply)
@@ -722,8 +722,7 @@ def test_what_is_frozen_is_neither_masked_nor_blurred(name):
     held = {g: [{n: t + (50.0 if n == "first" and g in ("forget", "1") else 0) + 0.1 * place
                  for n, t in row.items()} for row in rows(like, 3, place)]
             for place, g in enumerate(groups)}  # fmt: skip
-    named = "count-{}" if name == "tfidf" else None
-    reply = answering([held] * 3, like, name=named)
+    reply = answering([held] * 3, like)
     found, _ = run(made.plan(situation(waiting((0, 1, 2)), start=start)), reply)
     changed_ = {n for n, t in start.items() if not torch.equal(found.model[n], t)}
     assert changed_

@@ -30,9 +30,8 @@ def trained():
 
 def asked(kind, trained, **changes):
     outcome = do(Statistics(**{**CLASS, "kind": kind, **changes}), *trained)
-    counted = "count-{}" if kind == "classes" else "{}-count"
     return {
-        group: sums.Statistics(tensors, int(outcome.metrics[counted.format(group)]))
+        group: sums.Statistics(tensors, int(outcome.metrics[f"{group}-count"]))
         for group, tensors in parted(outcome.arrays).items()
     }, outcome
 
@@ -96,7 +95,7 @@ def test_class_sums_are_before_normalisation(trained):
         expected = net[0](inputs[targets == 2]).relu().mean(dim=(2, 3)).sum(dim=0)
     torch.testing.assert_close(found["2"].sums["0"], expected)
     assert list(found) == ["0", "1", "2"]
-    assert dict(outcome.metrics) == {"count-0": 20, "count-1": 20, "count-2": 20}
+    assert dict(outcome.metrics) == {"0-count": 20, "1-count": 20, "2-count": 20}
 
 
 def test_contributions_are_gradients_along_the_path_from_nothing(trained):
@@ -133,7 +132,7 @@ def test_a_client_without_such_rows_sends_nothing_of_them(kind, trained):
     empty = (holding.forget[0][:0], holding.forget[1][:0])
     outcome = do(Statistics(**CLASS, kind=kind), model, dataclasses.replace(holding, forget=empty))
     group = "0" if kind == "classes" else "forget"
-    count = "count-0" if kind == "classes" else "forget-count"
+    count = "0-count" if kind == "classes" else "forget-count"
     assert outcome.metrics[count] == 0
     assert not any(bool(tensor.any()) for tensor in parted(outcome.arrays)[group].values())
 
