@@ -18,6 +18,7 @@ from client.drawing import (
     FAINT,
     GREEN,
     INK,
+    LEVEL,
     PURPLE,
     SOFT,
     VERMILLION,
@@ -40,8 +41,6 @@ LOOKS = (
 )  # fmt: skip
 """Colour and mark of the first, second ... method; all differ."""
 BEFORE: dict[str, Any] = {"color": INK, "marker": "+", "linestyle": "", "markersize": 9}
-LEVEL: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (8, 2, 1, 2)), "zorder": 1}
-"""The line of what has to be reached."""
 SIZE = 6
 PANEL = 2.75
 """Inches of a row of panels."""

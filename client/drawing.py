@@ -21,6 +21,8 @@ BLUE, VERMILLION, PURPLE, GREEN = "#0072b2", "#d55e00", "#aa4499", "#117733"
 INK, SOFT, FAINT, WARM = "#24292f", "#6b7280", "#e5e7eb", "#eceff3"
 WIDTH, NARROW_WIDTH = 9.6, 3.5
 """Inches; letters have the same size in both."""
+LEVEL: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (8, 2, 1, 2)), "zorder": 1}
+"""The line of what has to be reached, as by retraining."""
 STYLE: dict[str, Any] = {
     "axes.edgecolor": SOFT,
     "axes.labelcolor": INK,

@@ -18,6 +18,7 @@ from client.drawing import (
     BLUE,
     FAINT,
     INK,
+    LEVEL,
     NARROW_WIDTH,
     PURPLE,
     SOFT,
@@ -41,8 +42,6 @@ from simulation.probes import FORGET, RETAINED
 
 Trials = Sequence[Mapping[str, Any]]
 
-LEVEL: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (8, 2, 1, 2)), "zorder": 1}
-"""The line of what retraining reaches."""
 ACROSS, ACROSS_NARROW = 4, 2
 """Panels in a row."""
 ROW = 0.27

@@ -11,6 +11,7 @@ from client.drawing import (
     BLUE,
     FAINT,
     INK,
+    LEVEL,
     PURPLE,
     SOFT,
     VERMILLION,
@@ -23,7 +24,7 @@ from client.drawing import (
 
 MOST_CLASSES = 40
 """More cannot be told apart."""
-RETRAINED: dict[str, Any] = {"color": INK, "linewidth": 1.0, "linestyle": (0, (8, 2, 1, 2))}
+RETRAINED: dict[str, Any] = {**LEVEL, "color": INK}
 CURVES = {
     "retained": ("Classes that stay", BLUE, "o"),
     "worst": ("Worst of them", PURPLE, "^"),
